@@ -1,0 +1,55 @@
+"""Where the real data is, and how to run the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = Path(os.environ.get("GPT2_DATA", ROOT.parent / "shared" / "data"))
+if (SHARED_DATA / "tiktoken").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken"))  # tiktoken without a network
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data; a test that needs it is skipped on a machine without it, but fails in CI."""
+    if not SHARED_DATA.is_dir():
+        message = f"no real data at {SHARED_DATA} (GPT2_DATA names another place)"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("train_gpt2.py", "--flag", …, processes=2) -> the completed process; several run under torchrun."""
+
+    def run(script, *flags, processes=1, timeout=280, **environment):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run(
+            [*launcher, str(ROOT / script), *map(str, flags)],
+            capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_shards():
+    """make_shards(folder, {"val": [tokens], "train": [tokens, tokens]}) -> the folder, without a manifest."""
+    import numpy as np
+
+    def make(folder, splits):
+        folder.mkdir(parents=True, exist_ok=True)
+        index = 0
+        for split, shards in splits.items():
+            for tokens in shards:
+                np.save(folder / f"edufineweb_{split}_{index:06d}.npy", np.asarray(tokens, dtype=np.uint16))
+                index += 1
+        return folder
+
+    return make

@@ -1,0 +1,513 @@
+"""fineweb.py against a plain loop that holds everything in memory, on real text, and by way of the real command."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+import fineweb
+from fineweb import DataError, encode_all, find_shards, get_encoding, open_shard, prepare, read_manifest, save_tokenizer
+
+ROOT = Path(fineweb.__file__).parent
+TRICKY = [
+    "Hello, I'm a language model,",
+    "",
+    "one text that says <|endoftext|> in so many letters",
+    "nul \0 and \ud800 alone, \udc00\ud800 crossed, \ud83d\ude00 a pair; 日本語 👩‍👩‍👧 naïve",
+    "  spaces\n\n\tand\r\nlines \u2028 don't matter , or do they ? \x85\u3000 ",
+    "a document longer than many shards, " * 30,
+    "x",
+]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def reference_files(texts, encoding, shard_tokens):
+    """File name -> bytes, as build-nanogpt's loop would write them: the whole stream in a list, cut, np.save."""
+    stream = []
+    for text in texts:
+        stream.append(encoding.eot_token)
+        stream.extend(encoding.encode_ordinary(text))
+    files = {}
+    for index, start in enumerate(range(0, len(stream), shard_tokens)):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(stream[start : start + shard_tokens]).astype(np.uint16))
+        files[f"edufineweb_{'val' if index == 0 else 'train'}_{index:06d}.npy"] = buffer.getvalue()
+    return files
+
+
+def shard_files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished folder of five shards, made in the byte encoding."""
+    prepare(write_jsonl(tmp_path / "in.jsonl", TRICKY), tmp_path / "data", "bytes", shard_tokens=300, workers=1)
+    return tmp_path / "data"
+
+
+# --- tokens and shards ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("shard_tokens", [200, 5000])
+def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens):
+    """Guards document order across workers, documents longer than a shard (a crash in the original) and odd text."""
+    # more than are given out to two workers at a time, and no two stretches alike
+    texts = [text for i in range(40) for text in (*TRICKY, f"document {i}")]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    manifest = prepare(source, tmp_path / "out", "bytes", shard_tokens=shard_tokens, workers=workers)
+    assert shard_files(tmp_path / "out") == reference_files(texts, get_encoding("bytes"), shard_tokens)
+    assert manifest["documents"] == len(texts)
+
+
+def test_real_parquet_under_spawn_equals_a_plain_loop(tmp_path, shared_data):
+    """Guards the start method of macOS and Windows, where the original, which has no main guard, breaks."""
+    script = tmp_path / "spawned.py"
+    script.write_text(
+        "import multiprocessing\nimport fineweb\n"
+        "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n    fineweb.main()\n"
+    )
+    flags = ["--source", shared_data / "fineweb", "--out_dir", tmp_path / "out", "--shard_tokens", "400_000"]
+    command, environment = [sys.executable, script, *flags, "--workers", "2"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    texts = []
+    for path in sorted((shared_data / "fineweb").glob("*.parquet")):
+        texts += pyarrow.parquet.read_table(path)["text"].to_pylist()
+    assert len(texts) == 2000
+    assert shard_files(tmp_path / "out") == reference_files(texts, get_encoding("gpt2"), 400_000)
+    assert "3,159,411 tokens, 2,000 documents, 8 shards" in done.stdout
+
+
+def test_the_command_writes_gpt2_tokens_with_its_own_workers(tmp_path, shared_data, run_script):
+    """Guards `python fineweb.py` itself, whose workers must find their function in __main__."""
+    source = write_jsonl(tmp_path / "in.jsonl", TRICKY * 10)
+    done = run_script("fineweb.py", "--source", source, "--out-dir", tmp_path / "out", "--shard-tokens", 99)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shard_files(tmp_path / "out") == reference_files(TRICKY * 10, get_encoding("gpt2"), 99)
+
+
+def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):
+    """Guards the boundary: 4 documents of 10 tokens are 2 shards of 20, not 3."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["123456789"] * 4)
+    manifest = prepare(source, tmp_path / "out", "bytes", shard_tokens=20, workers=1)
+    assert [entry["tokens"] for entry in manifest["shards"].values()] == [20, 20]
+    assert sorted(shard_files(tmp_path / "out")) == sorted(manifest["shards"])
+
+
+@pytest.mark.parametrize("shard_tokens", [20, 21, 1000])
+def test_too_little_text_for_a_training_shard_is_an_error(tmp_path, shard_tokens):
+    """Guards against a folder with only a validation shard, and lets a second try have the same folder."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["123456789"] * 2)
+    with pytest.raises(DataError, match="lower --shard_tokens, to 2 say"):
+        prepare(source, tmp_path / "out", "bytes", shard_tokens=shard_tokens, workers=1)
+    assert len(prepare(source, tmp_path / "out", "bytes", shard_tokens=2, workers=1)["shards"]) == 10
+
+
+def test_max_tokens_cuts_the_stream_exactly(tmp_path):
+    """Guards the last shard's length, and the count of documents."""
+    source = write_jsonl(tmp_path / "in.jsonl", TRICKY * 12)
+    for limit in (120, 7000):  # in the first array of tokens, and in a later one
+        out = tmp_path / str(limit)
+        manifest = prepare(source, out, "bytes", shard_tokens=100, max_tokens=limit, workers=2)
+        whole = b"".join(reference_files(TRICKY * 12, get_encoding("bytes"), 10**9).values())
+        tokens = np.concatenate([open_shard(path) for split in ("val", "train") for path in find_shards(out, split)])
+        assert tokens.size == limit == manifest["tokens"]
+        assert tokens.tobytes() == whole[128:][: 2 * limit]
+        assert manifest["documents"] == np.count_nonzero(tokens == 256)
+
+
+def test_the_source_is_read_only_as_fast_as_it_is_tokenized():
+    """Guards memory: a pool's imap or map would draw this endless source in before it gave anything back."""
+    drawn = itertools.count()
+    arrays = encode_all((f"text {next(drawn)}" for _ in itertools.count()), "bytes", workers=2)
+    assert next(arrays).dtype == np.uint16
+    arrays.close()
+    assert next(drawn) < 1000
+
+
+# --- encodings --------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_encoding_is_utf8():
+    """Guards the byte encoding's definition, which checkpoints of the demo depend on."""
+    encoding = get_encoding("bytes")
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)])) + "<|endoftext|>"
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_workers_encode_as_encode_ordinary_does(name, shared_data):
+    """Guards the fast path in the workers, which lone surrogates and special tokens could part from encode_ordinary."""
+    encoding = get_encoding(name)
+    for text in [*TRICKY, "a" * 1_000_000, (shared_data / "text/tinyshakespeare.txt").read_text()[:100_000]]:
+        tokens = fineweb.encode_texts([text], name)
+        assert tokens.tolist() == [encoding.eot_token, *encoding.encode_ordinary(text)]
+    assert fineweb.encode_texts(["Hello, I'm a language model,"], "gpt2").tolist() == [
+        50256, 15496, 11, 314, 1101, 257, 3303, 2746, 11,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_transformers_opens_the_tokenizer_and_agrees(name, tmp_path, shared_data):
+    """Guards checkpoints as Hugging Face folders: same ids, exact decoding, the right special token."""
+    from transformers import AutoTokenizer
+
+    encoding = get_encoding(name)
+    save_tokenizer(encoding, tmp_path, model_max_length=256)
+    eot = encoding.eot_token
+    config = {"model_type": "gpt2", "vocab_size": encoding.n_vocab, "bos_token_id": eot, "eos_token_id": eot}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (eot, eot, encoding.n_vocab)
+    assert tokenizer.model_max_length == 256
+    texts = [text.encode("utf-8", "replace").decode() for text in TRICKY if "<|" not in text]
+    texts += [(shared_data / "text/wikitext-2.valid.txt").read_text()[:200_000], Path(json.__file__).read_text()]
+    texts.append("".join(f"x{chr(c)}a {chr(c)}{chr(c)}1 " for c in range(0x3100)))
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == encoding.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer("a<|endoftext|>b")["input_ids"] == encoding.encode("a<|endoftext|>b", allowed_special="all")
+
+
+def test_gpt2_without_a_network_or_cache_says_what_to_do(tmp_path, run_script):
+    """Guards the first run on an offline machine, where tiktoken raises errors of its HTTP library."""
+    environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    done = run_script("fineweb.py", "--source", "stdlib", "--out_dir", tmp_path / "out", **environment)
+    assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr and done.stderr.count("\n") == 1
+
+
+# --- reading shards ---------------------------------------------------------------------------------------------------
+
+
+def write_bin(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
+    return path
+
+
+def test_both_formats_open_as_read_only_maps(tmp_path):
+    """Guards published .bin shards of llm.c and modded-nanogpt, and that nothing is copied into memory."""
+    tokens = np.arange(50_000, dtype=np.uint16)
+    np.save(tmp_path / "a_train_000001.npy", tokens)
+    for path in (tmp_path / "a_train_000001.npy", write_bin(tmp_path / "tiny_shakespeare_val.bin", tokens)):
+        shard = open_shard(path)
+        assert isinstance(shard, np.memmap) and not shard.flags.writeable
+        assert shard.dtype == np.uint16 and np.array_equal(shard, tokens)
+    assert [path.name for path in find_shards(tmp_path, "val")] == ["tiny_shakespeare_val.bin"]
+
+
+def test_damaged_or_foreign_shards_are_errors(tmp_path):
+    """Guards against training on a truncated download, or on bytes that were never tokens."""
+    good = write_bin(tmp_path / "good_val.bin", [1, 2, 3]).read_bytes()
+    np.save(tmp_path / "good_val.npy", np.arange(1000, dtype=np.uint16))
+    bad = {
+        "short_val.bin": good[:-1],
+        "long_val.bin": good + b"\0\0",
+        "header_val.bin": good[:1000],
+        "empty_val.bin": b"",
+        "magic_val.bin": write_bin(tmp_path / "magic_val.bin", [1, 2], magic=20240521).read_bytes(),
+        "version_val.bin": write_bin(tmp_path / "version_val.bin", [1, 2], version=2).read_bytes(),
+        "none_val.bin": write_bin(tmp_path / "none_val.bin", []).read_bytes(),
+        "short_val.npy": (tmp_path / "good_val.npy").read_bytes()[:-1],
+        "empty_val.npy": b"",
+        "text_val.npy": b"not an array, but text that somebody saved under this name",
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    np.save(tmp_path / "int32_val.npy", np.arange(9, dtype=np.int32))
+    np.save(tmp_path / "square_val.npy", np.zeros((3, 3), dtype=np.uint16))
+    for name in [*bad, "int32_val.npy", "square_val.npy"]:
+        with pytest.raises(DataError, match=name):
+            open_shard(tmp_path / name)
+
+
+def test_find_shards_knows_the_names_and_sorts_them(tmp_path, make_shards):
+    """Guards the file names of the ecosystem, and that hidden or temporary files are no shards."""
+    make_shards(tmp_path, {"val": [[1]], "train": [[2], [3]]})
+    for name in ("fineweb_val_000000.bin", "edu_fineweb_train_000001.bin"):
+        write_bin(tmp_path / name, [1])
+    for name in ("._edufineweb_train_000001.npy", ".edufineweb_train_000003.npy.partial", "train.npy", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    val = ["edufineweb_val_000000.npy", "fineweb_val_000000.bin"]
+    assert [path.name for path in find_shards(tmp_path, "val")] == val
+    assert [path.name for path in find_shards(str(tmp_path), "train")] == [
+        "edu_fineweb_train_000001.bin", "edufineweb_train_000001.npy", "edufineweb_train_000002.npy",
+    ]  # fmt: skip
+    assert (read_manifest(tmp_path)["encoding"], read_manifest(tmp_path)["vocab_size"]) == ("gpt2", 50257)
+
+
+def test_no_shards_is_an_error_with_both_ways_out(tmp_path):
+    """Guards the newcomer's first mistake, training before there is data."""
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError) as caught:
+            find_shards(folder, "train")
+        for part in (str(folder), f"python fineweb.py --out_dir {folder}", "python train_gpt2.py --preset demo"):
+            assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unlisted", "shorter", "unfinished", "not json", "not a manifest"])
+def test_a_folder_that_belies_its_manifest_is_an_error(finished, damage):
+    """Guards against training on part of a data set, or on a mixture of two."""
+    path, manifest = finished / "edufineweb_train_000002.npy", read_manifest(finished)
+    named = path
+    if damage == "missing":
+        path.unlink()
+    elif damage == "unlisted":
+        named = finished / "edufineweb_train_000099.npy"
+        named.write_bytes(path.read_bytes())
+    elif damage == "shorter":
+        np.save(path, open_shard(path)[:-1].copy())
+    elif damage == "unfinished":
+        named = finished
+        (finished / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    else:
+        named = finished / "manifest.json"
+        named.write_text('{"encoding": "gp' if damage == "not json" else "[]")
+    for split in ("val", "train"):
+        with pytest.raises(DataError, match=str(named)) as caught:
+            find_shards(finished, split)
+    if damage in ("missing", "shorter", "unfinished"):  # the command that mends it is the one that made it
+        source = finished.parent / "in.jsonl"
+        command = f"python fineweb.py --source {source} --out_dir {finished} --encoding bytes --shard_tokens 300"
+        assert f"run `{command}`" in str(caught.value)
+
+
+# --- manifest, restarts, failures -------------------------------------------------------------------------------------
+
+
+def test_the_manifest_describes_the_files(finished):
+    """Guards the contract by which other programs learn encoding, source, lengths and hashes."""
+    manifest = read_manifest(finished)
+    files = shard_files(finished)
+    assert manifest["shards"] == {
+        name: {"tokens": (len(data) - 128) // 2, "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in sorted(files.items(), key=lambda item: item[0][-10:])
+    }
+    tokens = sum(len(data) - 128 for data in files.values()) // 2
+    expected = {"encoding": "bytes", "vocab_size": 257, "shard_tokens": 300, "max_tokens": None, "finished": True}
+    expected |= {"source": str(finished.parent / "in.jsonl"), "documents": len(TRICKY), "tokens": tokens}
+    assert {key: manifest[key] for key in expected} == expected
+    assert set(manifest) == {*expected, "revision", "shards"}
+    assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json"])
+
+
+def test_a_finished_folder_is_left_alone(finished, capsys):
+    """Guards a second run of the same command against hours of repeated work."""
+    times = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    source = str(finished.parent / "in.jsonl")
+    assert prepare(source, finished, "bytes", shard_tokens=300) == read_manifest(finished)
+    assert "is complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == times
+    (finished / "edufineweb_train_000001.npy").unlink()
+    with pytest.raises(DataError, match="edufineweb_train_000001.npy is missing"):
+        prepare(source, finished, "bytes", shard_tokens=300)
+
+
+def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
+    """Guards the pin: what the Hub has newer today makes yesterday's shards neither incomplete nor foreign."""
+    pinned = read_manifest(finished) | {"source": "some-org/some-data:config", "revision": "0123abc"}
+    (finished / "manifest.json").write_text(json.dumps(pinned))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert prepare("some-org/some-data:config", finished, "bytes", shard_tokens=300) == pinned
+
+
+@pytest.mark.parametrize("change", ["encoding", "shard_tokens", "max_tokens", "source", "revision", "no manifest"])
+def test_other_shards_are_never_overwritten(finished, change, shared_data):
+    """Guards data that took hours against a command with other settings."""
+    source = finished.parent / "in.jsonl"
+    settings = {"source": str(source), "encoding": "bytes", "shard_tokens": 300, "max_tokens": None, "workers": 1}
+    settings |= {"encoding": {"encoding": "gpt2"}, "shard_tokens": {"shard_tokens": 299}}.get(change, {})
+    settings |= {"max_tokens": {"max_tokens": 301}, "source": {"source": "stdlib"}}.get(change, {})
+    if change == "revision":
+        write_jsonl(source, [*TRICKY, "one more"])
+    if change == "no manifest":
+        (finished / "manifest.json").unlink()
+    before = shard_files(finished)
+    with pytest.raises(DataError, match="name another --out_dir, or delete this one"):
+        prepare(out_dir=finished, **settings)
+    assert shard_files(finished) == before
+
+
+def test_a_failing_source_leaves_whole_shards_and_no_finished_manifest(tmp_path):
+    """Guards the original's failure: an interrupted run that looks like a complete one."""
+    source = Path(write_jsonl(tmp_path / "in.jsonl", TRICKY * 100))
+    source.write_text(source.read_text() + '{"text": "cut o')
+    with pytest.raises(DataError, match="in.jsonl cannot be read after row 700 .JSONDecodeError"):
+        prepare(str(source), tmp_path / "out", "bytes", shard_tokens=500, workers=2)
+    expected = reference_files(TRICKY * 100, get_encoding("bytes"), 500)
+    left = shard_files(tmp_path / "out")
+    assert len(left) > 9 and left.items() <= expected.items()
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*left, "manifest.json"])  # nothing temporary either
+    with pytest.raises(DataError, match="out is unfinished"):
+        find_shards(tmp_path / "out", "train")
+
+
+def test_a_killed_run_leaves_nothing_half_written_and_starts_over(tmp_path):
+    """Guards every moment of writing: a file that bears a shard's name is whole; the same command mends the rest."""
+    out = tmp_path / "out"
+    flags = ["--source", "stdlib", "--encoding", "bytes", "--shard_tokens", "100_000", "--workers", "1"]
+    command = [sys.executable, ROOT / "fineweb.py", *flags, "--out_dir", out]
+    for shards in (9, 3):  # the second run dies before it is as far as the first: what that left must be gone by then
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            for _ in range(shards):
+                assert process.stdout.readline().startswith(b"edufineweb_")  # a line a shard
+            process.kill()
+        killed = read_manifest(out)
+        assert not killed["finished"] and shards <= len(shard_files(out)) < 100
+        for name, data in shard_files(out).items():
+            assert hashlib.sha256(data).hexdigest() == killed["shards"][name]["sha256"]
+    manifest = prepare("stdlib", out, "bytes", shard_tokens=100_000, workers=1)
+    assert manifest["finished"] and manifest["shards"].items() >= killed["shards"].items()
+    for name, data in shard_files(out).items():
+        assert hashlib.sha256(data).hexdigest() == manifest["shards"][name]["sha256"]
+
+
+def test_a_file_has_no_name_before_it_is_whole(tmp_path):
+    """Guards the write itself, against readers that look while it is under way and against its failure."""
+    path = tmp_path / "edufineweb_train_000001.npy"
+    with pytest.raises(KeyboardInterrupt), fineweb.atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists() and fineweb.list_shards(tmp_path) == []
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
+    """Guards row order, the formats' ways to hold a text, and texts that a cleverer reader would change."""
+    corpus = tmp_path / "corpus"
+    (corpus / "deep").mkdir(parents=True)
+    (corpus / ".hidden").mkdir()
+    (corpus / ".hidden" / "a.txt").write_text("not this")
+    (corpus / "README.md").write_text("nor this")
+    pa.parquet.write_table(pa.table({"id": [1, 2], "text": ["parquet 1", "2"]}), corpus / "a.parquet")
+    (corpus / "b.txt").write_bytes("a text\r\nof lines\n\n\u2028".encode())
+    (corpus / "c.json").write_text('[{"text": "array 1"}, {"text": "array 2"}]')
+    (corpus / "d.json").write_text('{"text": "line 1"}\n\n{"text": "line 2", "more": {"x": 1}}\n')
+    (corpus / "deep" / "e.jsonl").write_text('{"text": "2024-01-01"}\n{"text": "\\ud800 \u2028 same row"}')
+    (corpus / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped"}\n'))
+    (corpus / "g.txt.gz").write_bytes(gzip.compress(b"zipped text\r\n"))
+    expected = ["parquet 1", "2", "a text\r\nof lines\n\n\u2028", "array 1", "array 2", "line 1", "line 2"]
+    expected += ["2024-01-01", "\ud800 \u2028 same row", "zipped", "zipped text\r\n"]
+    assert list(fineweb.open_source(str(corpus), None)[0]) == expected
+    assert list(fineweb.open_source(str(corpus / "*.json"), None)[0]) == expected[3:7]
+    assert list(fineweb.open_source(str(corpus / "b.txt"), None)[0]) == expected[2:3]
+
+
+def test_hub_rows_are_streamed_by_datasets(tmp_path):
+    """Guards the one call into `datasets`, which opens a folder as it opens the Hub."""
+    pa.parquet.write_table(pa.table({"text": ["one", "two"], "id": [1, 2]}), tmp_path / "train-00000.parquet")
+    pa.parquet.write_table(pa.table({"text": ["three"], "id": [3]}), tmp_path / "train-00001.parquet")
+    assert list(fineweb.hub_texts(str(tmp_path), None, "main")) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "row 2 has no string named `text`"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": 7}\n', "row 2 has no string named `text`"),
+        ("rows.jsonl", b'"a"\n', "row 1 has no string named `text`"),
+        ("rows.jsonl", b'{"text": "a"}\n{"tex', "cannot be read after row 1"),
+        ("rows.jsonl", b"", "is empty"),
+        ("rows.parquet", b"PAR1 and no more", "cannot be read"),
+        ("latin.txt", b"caf\xe9", "cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read"),
+        ("rows.csv", b"text\na\n", "is none of .parquet, .jsonl, .json, .txt"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, complaint):
+    """Guards against a traceback from the depths of a reader, or a bad row taken for a document."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}.* {complaint}"):
+        prepare(str(tmp_path / name), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
+
+
+@pytest.mark.parametrize("source", ["no.jsonl", "data/no.parquet", "./no", "/no/no", "a/b/c", "*.txt", "~/no/"])
+def test_an_absent_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, source):
+    """Guards a mistyped path against an answer about the network."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        fineweb.open_source(source, None)
+
+
+def test_stdlib_is_the_same_modules_in_the_same_order(tmp_path):
+    """Guards the demo's data: no tests, a fixed order that is no alphabet's, ready within seconds."""
+    start = time.time()
+    manifest = prepare("stdlib", tmp_path / "a", "bytes", shard_tokens=500_000, workers=1)
+    assert time.time() - start < 10  # 0.7 s on a quiet machine
+    assert prepare("stdlib", tmp_path / "b", "bytes", shard_tokens=500_000, workers=2)["shards"] == manifest["shards"]
+    assert 400 < manifest["documents"] < 2000 and 8e6 < manifest["tokens"] < 25e6
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = [name.as_posix() for name in names if not skipped & set(name.parts)]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    text = (root / names[0]).read_bytes().decode()
+    assert next(fineweb.stdlib_texts()) == text and len(names) - manifest["documents"] < 5
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished):
+    """Guards against tracebacks: each mistake gets one line that names the file or the flag."""
+    pa.parquet.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "wrong.parquet")
+    offline = {"HTTPS_PROXY": "http://127.0.0.1:9"}
+    mistakes = {
+        "absent.jsonl": ["--source", "absent.jsonl"],
+        "wrong.parquet has no column `text` (it has body, id)": ["--source", tmp_path / "wrong.parquet"],
+        f"{finished} holds shards of other settings": ["--source", "stdlib", "--out_dir", finished],
+        "--encoding gpt2 or --encoding bytes": ["--encoding", "bits"],
+        "--shard_tokens": ["--source", "stdlib", "--shard_tokens", "1_000", "--max_tokens", "1_000"],
+        "HuggingFaceFW/fineweb-edu:sample-10BT is no file here": [],
+        str(tmp_path / "wrong.parquet"): ["--source", "stdlib", "--out_dir", tmp_path / "wrong.parquet" / "below"],
+    }
+    for message, flags in mistakes.items():
+        start = time.time()
+        done = run_script("fineweb.py", "--encoding", "bytes", "--out_dir", tmp_path / "out", *flags, **offline)
+        assert done.returncode == 2, done
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+        assert time.time() - start < 30
+
+
+def test_help_is_quick_and_names_the_flags(run_script):
+    """Guards the command line's spelling, and that asking for help loads no heavy package."""
+    start = time.time()
+    done = run_script("fineweb.py", "--help")
+    assert time.time() - start < 3 and done.returncode == 0
+    for flag in ("--source", "--out_dir", "--encoding", "--shard_tokens", "--max_tokens", "--workers"):
+        assert f" {flag} " in done.stdout
+
+
+def test_importing_does_nothing(tmp_path):
+    """Guards importers: no print, no folder, no heavy package."""
+    code = "import sys, fineweb; print(*{'datasets', 'transformers', 'torch', 'tyro'} & {*sys.modules}, end='')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

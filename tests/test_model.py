@@ -1,0 +1,197 @@
+import math
+
+import pytest
+import tiktoken
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from train_gpt2 import GPT, PRESETS, ConfigError, GPTConfig, TrainConfig, configure_optimizers
+
+TINY = GPTConfig(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    """GPT-2 124M at its initialization."""
+    torch.manual_seed(1337)
+    return GPT(GPTConfig())
+
+
+def hugging_face_twin(folder, seed=0, **shape):
+    """A random GPT2LMHeadModel, far enough from its initialization for errors to show, and our reading of it."""
+    torch.manual_seed(seed)
+    theirs = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(folder)
+    return theirs, GPT.from_pretrained(folder).eval()
+
+
+def largest_difference(ours, theirs, T, vocab_size):
+    ids = torch.randint(0, vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return (ours(ids)[0] - theirs(ids).logits).abs().max().item()
+
+
+def test_initialization_of_124M(gpt2):
+    """A wrong shape, tie or init scale shows in the parameter count and in the loss before training."""
+    assert gpt2.num_params() == 124_439_808
+    assert gpt2.transformer.wte.weight is gpt2.lm_head.weight and gpt2.lm_head.weight.shape == (50304, 768)
+    ids = torch.randint(0, 50257, (4, 65), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, loss = gpt2(ids[:, :-1], ids[:, 1:])
+    assert logits is None and 0 < loss.item() - math.log(50257) < 0.35
+    block = gpt2.transformer.h[5]
+    for residual in (block.attn.c_proj, block.mlp.c_proj):
+        assert residual.weight.std().item() == pytest.approx(0.02 / math.sqrt(24), rel=0.02)
+    for matrix in (block.attn.c_attn, block.mlp.c_fc, gpt2.transformer.wte, gpt2.transformer.wpe):
+        assert matrix.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert block.attn.c_attn.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_equal_to_hugging_face(name, tmp_path):
+    """Logits and greedy text must be those of GPT2LMHeadModel with the same weights, at each size's heads."""
+    heads = PRESETS[name][0].n_head
+    assert PRESETS[name][0].n_embd == heads * 64
+    shape = {"n_layer": 3, "n_head": heads, "n_embd": heads * 8, "n_positions": 128, "vocab_size": 999}
+    theirs, ours = hugging_face_twin(tmp_path, **shape)
+    assert largest_difference(ours, theirs, 128, 999) <= 1e-4
+    prompt = torch.tensor([[5, 17, 998]])
+    expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ours.generate(prompt, 40, temperature=0).tolist() == expected.tolist()
+
+
+def test_124M_equal_to_hugging_face(tmp_path):
+    """The full size opens in transformers and computes the same there, both ways."""
+    theirs, ours = hugging_face_twin(tmp_path / "theirs")
+    assert ours.config == GPTConfig() and ours.num_params() == 124_439_808
+    assert largest_difference(ours, theirs, 64, 50257) <= 1e-4
+    prompt = torch.tensor([[15496, 11, 314, 1101]])
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ours.generate(prompt, 20, temperature=0).tolist() == expected.tolist()
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_state_dict_names(gpt2):
+    """Others load our weights by the lecture's names."""
+    names = gpt2.state_dict().keys()
+    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "lm_head.weight"} <= names
+    assert len(names) == 4 + 12 * 12 + 1
+
+
+def test_from_pretrained_refuses_what_is_not_gpt2(tmp_path):
+    """Another architecture, a different activation, lacking weights or no folder at all: one line, not wrong logits."""
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": 10}
+    GPT2LMHeadModel(GPT2Config(**shape, activation_function="relu")).save_pretrained(tmp_path / "relu")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    lacking = GPT2LMHeadModel(GPT2Config(**shape))
+    state = {k: v for k, v in lacking.state_dict().items() if k != "transformer.h.0.mlp.c_fc.weight"}
+    lacking.save_pretrained(tmp_path / "lacking", state_dict=state)
+    for folder, reason in (("relu", "activation"), ("llama", "llama"), ("lacking", "c_fc"), ("nothing", "nothing")):
+        with pytest.raises(ConfigError, match=reason) as error:
+            GPT.from_pretrained(str(tmp_path / folder))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_overfits_one_batch_of_shakespeare(shared_data):
+    """The lecture's first check of training: 50 AdamW steps at 3e-4 take one small batch from about 11 to under 1."""
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig())
+    text = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:1000]
+    tokens = torch.tensor(tiktoken.get_encoding("gpt2").encode_ordinary(text)[: 4 * 32 + 1])
+    x, y = tokens[:-1].view(4, 32), tokens[1:].view(4, 32)
+    (optimizer,) = configure_optimizers(model, TrainConfig(lr=3e-4))
+    losses = []
+    for _ in range(50):
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert 10.5 < losses[0] < 11.5 and losses[-1] < 1
+
+
+def test_flash_and_explicit_attention_agree():
+    """The readable attention is the same function as the fused one, with and without a mask, forward and backward."""
+    torch.manual_seed(0)
+    fused, explicit = GPT(TINY), GPT(GPTConfig(**{**vars(TINY), "flash": False}))
+    explicit.load_state_dict(fused.state_dict())
+    ids = torch.randint(0, 1000, (2, 48))
+    mask = torch.rand(2, 1, 48, 48) < 0.5
+    mask |= torch.eye(48, dtype=torch.bool)
+    for arguments in ((ids,), (ids, torch.arange(48).flip(0), mask)):
+        results = [model.head(model.trunk(*arguments)) for model in (fused, explicit)]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+        gradients = [
+            torch.autograd.grad(logits.logsumexp(-1).sum(), model.transformer.wpe.weight)[0]
+            for model, logits in zip((fused, explicit), results)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_the_future_is_invisible(flash):
+    """A later token must never change an earlier logit."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**vars(TINY), "flash": flash}))
+    ids = torch.randint(0, 1000, (1, 64))
+    changed = ids.clone()
+    changed[0, 40] = (changed[0, 40] + 1) % 1000
+    before, after = model(ids)[0], model(changed)[0]
+    assert torch.equal(before[:, :40], after[:, :40]) and not torch.equal(before[:, 40:], after[:, 40:])
+
+
+def test_padding_ids_do_not_exist():
+    """The original can sample ids past the vocabulary; here their weights, however large, change nothing at all."""
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    ids = torch.randint(0, 1000, (2, 33))
+    before = model(ids[:, :-1], ids[:, 1:])[1].item()
+    with torch.no_grad():
+        model.lm_head.weight[1000:] = 100.0
+    assert model(ids)[0].shape == (2, 33, 1000)
+    loss = model(ids[:, :-1], ids[:, 1:])[1]
+    assert loss.item() == before
+    loss.backward()
+    assert model.lm_head.weight.grad[1000:].abs().max() == 0
+    assert model.generate(ids, 200, temperature=100.0, top_k=None).max() < 1000
+
+
+def test_generate():
+    """Sampling repeats with its generator, keeps the prompt, draws only from the top k, and runs past block_size."""
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_(std=1.0)  # or a tied, untrained model repeats its last token
+    prompt = torch.randint(0, 1000, (3, 5))
+    samples = [model.generate(prompt, 100, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    assert samples[0].shape == (3, 105) and torch.equal(samples[0][:, :5], prompt)
+    for t in range(5, 60):
+        top = model(samples[0][:, :t])[0][:, -1].topk(50).indices
+        assert (top == samples[0][:, t : t + 1]).any(dim=1).all()
+    assert torch.equal(model.generate(prompt, 20, top_k=1), model.generate(prompt, 20, temperature=0))
+    assert torch.equal(model.generate(prompt, 0), prompt)
+    for wrong in ({"temperature": -1.0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="generate needs"):
+            model.generate(prompt, 1, **wrong)
+    with pytest.raises(ValueError, match="block_size 64"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_loss_ignores_filled_rows():
+    """The last validation batch is filled up with -100: those targets count neither in the sum nor in the mean."""
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    ids = torch.randint(0, 1000, (4, 33))
+    x, y = ids[:, :-1], ids[:, 1:].clone()
+    y[3:] = -100
+    torch.testing.assert_close(model(x, y)[1], model(x[:3], y[:3])[1])

@@ -1,0 +1,416 @@
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fineweb
+from train_gpt2 import (
+    GPT,
+    PRESETS,
+    DataLoaderLite,
+    GPTConfig,
+    Runtime,
+    TrainConfig,
+    configure_optimizers,
+    get_lr,
+    pick_dtype,
+    read_log,
+    save_checkpoint,
+    train_step,
+    validation_loss,
+)
+
+SMALL = (
+    "--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 "
+    "--total_batch_tokens 512 --micro_batch 4 --warmup_steps 5 --max_steps 20 --lr 0.01 "
+    "--eval_interval 10 --val_tokens 2000 --sample_interval 0 --save_interval 10 --hellaswag_file none"
+).split()
+CPU = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32, compile=False)
+
+
+@pytest.fixture(scope="session")
+def web_shards(shared_data, tmp_path_factory, run_script):
+    """The real FineWeb documents as GPT-2 shards, made by the command line."""
+    folder = tmp_path_factory.mktemp("fineweb") / "shards"
+    done = run_script(
+        "fineweb.py", "--source", shared_data / "fineweb", "--out_dir", folder, "--shard_tokens", 300_000
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(web_shards, tmp_path_factory, run_script):
+    """A small model trained on them for 20 steps by one process."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    done = run_script("train_gpt2.py", *SMALL, "--data_dir", web_shards, "--out_dir", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16))
+
+
+@pytest.fixture
+def byte_shards(tmp_path, make_shards):
+    tokens = np.random.RandomState(0).randint(0, 257, 3000)
+    return make_shards(tmp_path / "bytes", {"val": [tokens[:700]], "train": [tokens[700:]]})
+
+
+# ------------------------------------------------------ importing -----------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["train_gpt2", "fineweb", "hellaswag", "sample"])
+def test_import_does_nothing(module, tmp_path):
+    """Importing the original starts a run; importing ours prints, creates and starts nothing, and stays light."""
+    root = Path(__file__).parent.parent
+    code = (
+        f"import sys; sys.path.insert(0, {str(root)!r}); sys.dont_write_bytecode = True; sys.argv = ['x', '--no']\n"
+        f"import {module}\n"
+        "heavy = {'datasets', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "import torch.distributed as dist\n"
+        "assert not heavy and not dist.is_initialized(), heavy"
+    )
+    before = {path for path in root.iterdir() if path.name != ".pytest_cache"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not any(tmp_path.iterdir())
+    assert before == {path for path in root.iterdir() if path.name != ".pytest_cache"}
+
+
+def test_help_names_every_flag(run_script):
+    """Each field of the tables is a flag, with its help."""
+    done = run_script("train_gpt2.py", "--help", COLUMNS="200")
+    assert done.returncode == 0
+    flags = set(re.findall(r"--(\w+)", done.stdout))
+    assert set(TrainConfig.__dataclass_fields__) - {"betas", "eps"} <= flags
+    assert {"n_layer", "n_head", "n_embd", "block_size"} <= flags and "vocab_size" not in flags
+    assert "peak learning rate" in done.stdout and "gpt3-1.3b" in done.stdout
+
+
+# ---------------------------------------------------- configuration ---------------------------------------------------
+
+
+def test_no_shards(run_script, tmp_path):
+    """The first thing a newcomer meets without data is one line with the two commands that help, not a traceback."""
+    done = run_script("train_gpt2.py", "--device=cpu", "--data_dir", tmp_path / "none", "--out_dir", tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: .*python fineweb\.py.*--preset demo.*\n", done.stderr)
+    assert not any(tmp_path.iterdir())
+
+
+def test_all_mistakes_at_once(run_script, tmp_path):
+    """Every mistake of a configuration is named in one go, each on a line, before anything is made."""
+    done = run_script(
+        "train_gpt2.py", "--device", "cpu", "--n_embd", 100, "--seq_len", 2048, "--total_batch_tokens", 8192,
+        "--micro-batch", 3, "--min_lr_ratio", 2, "--max_steps", 10, "--val_tokens", 5, "--dtype", "float16",
+        "--data_dir", tmp_path / "none", "--out_dir", tmp_path / "out", "--hellaswag_file", tmp_path / "no.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    for flag in ("n_embd 100", "seq_len 2048", "micro_batch 3", "min_lr_ratio", "warmup_steps 715", "val_tokens 5",
+                 "dtype float16", "no.jsonl", "fineweb.py"):  # fmt: skip
+        assert any(flag in line for line in lines), flag
+    assert len(lines) == 9 and not any(tmp_path.iterdir())
+    unknown = run_script("train_gpt2.py", "--preset", "gpt4")
+    assert unknown.returncode == 2 and unknown.stderr.startswith("error: --preset gpt4") and "demo" in unknown.stderr
+
+
+def test_presets_are_consistent():
+    """A preset that its own checks refuse, or that strays from the papers' tables, is no default."""
+    for name, (model, run) in PRESETS.items():
+        assert run.preset == name and model.n_embd % model.n_head == 0 and run.seq_len <= model.block_size
+        assert run.total_batch_tokens % (run.seq_len * run.micro_batch) == 0
+        assert (run.total_batch_tokens // run.seq_len) % (8 * run.micro_batch) == 0 or name == "demo"
+    sizes = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    with torch.device("meta"):
+        assert {name: GPT(PRESETS[name][0]).num_params() for name in sizes} == sizes
+    rates = {"gpt3-125m": 6e-4, "gpt3-350m": 3e-4, "gpt3-760m": 2.5e-4, "gpt3-1.3b": 2e-4}
+    assert {name: PRESETS[name][1].lr for name in rates} == rates
+
+
+def test_schedule():
+    """Warmup starts above zero and reaches the peak; the cosine ends at a tenth; steps past the end stay there."""
+    config = TrainConfig()
+    assert get_lr(0, config) == pytest.approx(6e-4 / 715)
+    assert get_lr(714, config) == get_lr(715, config) == pytest.approx(6e-4)
+    assert get_lr((715 + 19073) // 2, config) == pytest.approx(0.55 * 6e-4, rel=1e-3)
+    assert get_lr(19073, config) == get_lr(99999, config) == pytest.approx(6e-5)
+    rates = [get_lr(step, config) for step in range(19074)]
+    assert all(a < b for a, b in zip(rates[:714], rates[1:715]))
+    assert all(a > b for a, b in zip(rates[715:], rates[716:]))
+    assert get_lr(0, TrainConfig(warmup_steps=0, max_steps=0)) == pytest.approx(6e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_groups(optimizer):
+    """Every parameter is in one group, decayed if it has two dimensions; Muon has the blocks' matrices alone."""
+    model = small_model()
+    optimizers = configure_optimizers(model, TrainConfig(optimizer=optimizer))
+    groups = [group for o in optimizers for group in o.param_groups]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.1) for p in group["params"]) and group["lr"] == 6e-4
+    assert optimizers[0].param_groups[0]["betas"] == (0.9, 0.95) and optimizers[0].param_groups[0]["eps"] == 1e-8
+    if optimizer == "muon":
+        muon = {id(p) for group in optimizers[1].param_groups for p in group["params"]}
+        assert muon == {id(p) for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name}
+
+
+def test_precision_by_device():
+    """The original gives an Apple GPU no autocast, having asked for the CPU's."""
+    runtime = Runtime(0, 1, torch.device("mps"), pick_dtype("auto", "mps"), False)
+    with runtime.autocast():
+        assert torch.is_autocast_enabled("mps") and torch.get_autocast_dtype("mps") == torch.bfloat16
+    with CPU.autocast():
+        assert not torch.is_autocast_enabled("cpu")
+    assert pick_dtype("float16", "cuda") == torch.float16
+
+
+# ------------------------------------------------------- a step -------------------------------------------------------
+
+
+def one_step(byte_shards, micro_batch, optimizer="adamw", wrap=lambda model: model):
+    model = small_model()
+    config = TrainConfig(total_batch_tokens=8 * 16, micro_batch=micro_batch, seq_len=16, optimizer=optimizer, lr=1e-2)
+    loader = DataLoaderLite(byte_shards, "train", micro_batch, 16)
+    optimizers = configure_optimizers(model, config)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    result = train_step(wrap(model), optimizers, scaler, loader, 800, config, CPU)
+    return result, model
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulation_is_the_same_update(byte_shards, optimizer):
+    """Eight rows at once or one after another must give the same loss, gradient norm and update."""
+    (loss, norm), whole = one_step(byte_shards, 8, optimizer)
+    for micro_batch in (4, 1):
+        (part_loss, part_norm), part = one_step(byte_shards, micro_batch, optimizer)
+        assert part_loss == pytest.approx(loss, abs=1e-6) and part_norm == pytest.approx(norm, rel=1e-5)
+        changed = sum((a - b).abs().sum() for a, b in zip(whole.parameters(), part.parameters()))
+        moved = sum((a - b).abs().sum() for a, b in zip(whole.parameters(), small_model().parameters()))
+        assert changed < 1e-2 * moved
+
+
+def test_step_clips_and_sets_the_rate(byte_shards):
+    """The norm that is reported is the one before clipping, and the rate is the schedule's."""
+    (_, norm), model = one_step(byte_shards, 8)
+    reference = small_model()
+    x, y = DataLoaderLite(byte_shards, "train", 8, 16).next_batch()
+    reference(x, y)[1].backward()
+    assert norm == pytest.approx(math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters())), rel=1e-5)
+    bias, before = model.transformer.ln_f.bias, reference.transformer.ln_f.bias
+    # AdamW's first update of an undecayed tensor is the rate times the gradient's sign
+    expected = before - get_lr(800, TrainConfig(lr=1e-2)) * before.grad.sign()
+    torch.testing.assert_close(bias, expected, rtol=0, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_synchronized_once_a_step(byte_shards, tmp_path):
+    """Averaging over the processes in every micro-step wastes the network: it belongs to the last one only."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    calls = []
+
+    def count(_, bucket):
+        calls.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def wrap(model):
+        model = DistributedDataParallel(model)
+        model.register_comm_hook(None, count)
+        return model
+
+    try:
+        (loss, _), _ = one_step(byte_shards, 1, wrap=wrap)
+    finally:
+        dist.destroy_process_group()
+    assert len(calls) == len(set(calls)) > 0
+    assert loss == pytest.approx(one_step(byte_shards, 8)[0][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("val_tokens", [10_000, 320])
+def test_validation_loss_is_of_the_tokens_alone(byte_shards, val_tokens):
+    """The original's validation loss depends on batch size and rank count; ours is the mean over fixed tokens."""
+    model = small_model()
+    tokens = torch.from_numpy(np.load(byte_shards / "edufineweb_val_000000.npy").astype(np.int64))
+    rows = min(val_tokens, tokens.numel() - 1) // 16
+    x, y = tokens[: rows * 16].view(rows, 16), tokens[1 : rows * 16 + 1].view(rows, 16)
+    with torch.no_grad():
+        expected = model(x, y)[1].item()
+    for B in (1, 7, 8, 64, 200):
+        loader = DataLoaderLite(byte_shards, "val", B, 16, shuffle=False)
+        assert validation_loss(model, loader, val_tokens, CPU) == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------- a run --------------------------------------------------------
+
+
+def test_log_and_curve(small_run):
+    """Old tools read the log: `step stream value`, each once, with the finished model's evaluation at the end."""
+    out, stdout = small_run
+    lines = (out / "log.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\d+ \w+ -?\d[\d.e+-]*", line) for line in lines)
+    log = read_log(out / "log.txt")
+    assert log["train"][0] == log["lr"][0] == log["norm"][0] == log["tok_s"][0] == list(range(20))
+    assert log["val"][0] == [0, 10, 20]
+    assert abs(log["val"][1][0] - math.log(50257)) < 0.1 and log["val"][1][-1] < log["val"][1][0] - 1
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    step_line = r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+$"
+    assert [int(step) for step in re.findall(step_line, stdout, re.M)] == list(range(20))
+
+
+def test_checkpoint_opens_in_transformers(small_run, web_shards):
+    """A checkpoint is the finished model of its step, in a folder that transformers opens, tokenizer and all."""
+    out, _ = small_run
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_000010", "step_000020"]
+    folder = out / "checkpoints" / "step_000020"
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), GPT.from_pretrained(folder).eval()
+    tokens = fineweb.open_shard(fineweb.find_shards(web_shards, "val")[0])[: 2000 // 64 * 64 + 1].astype(np.int64)
+    x, y = (torch.from_numpy(t).view(-1, 64) for t in (tokens[:-1], tokens[1:]))
+    with torch.no_grad():
+        logits = theirs(x).logits
+        assert (logits - ours(x)[0]).abs().max() <= 1e-4
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    assert read_log(out / "log.txt")["val"][1][-1] == pytest.approx(loss.item(), abs=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Hello, I'm a language model,"
+    assert tokenizer(text)["input_ids"] == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_training_state_is_plain(small_run):
+    """The original pickles its classes; ours loads where nothing may be executed, and holds what resuming needs."""
+    folder = small_run[0] / "checkpoints" / "step_000010"
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    assert (state["step"], state["loader"], state["config"]["n_embd"]) == (10, 10 * 8, 32)
+    assert state["optimizers"][0]["state"][0]["step"] == 10 and state["rng"].dtype == torch.uint8
+
+
+def test_same_losses_on_two_processes(small_run, web_shards, run_script, tmp_path):
+    """One process or two, other micro-batches: the same run to 1e-4, logged once and by one of them."""
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--micro_batch", "2"]
+    done = run_script("train_gpt2.py", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = read_log(small_run[0] / "log.txt"), read_log(tmp_path / "log.txt")
+    for stream in ("train", "val", "lr", "norm"):
+        assert one[stream][0] == two[stream][0]
+        assert one[stream][1] == pytest.approx(two[stream][1], abs=1e-4)
+
+
+def test_a_run_is_not_overwritten(small_run, web_shards, run_script, tmp_path):
+    """The original truncates the log at every start; here a run is deleted only on request, and it alone."""
+    flags = [*SMALL, "--data_dir", web_shards, "--max_steps", 2, "--warmup_steps", 1, "--out_dir", tmp_path]
+    assert run_script("train_gpt2.py", *flags).returncode == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    log = (tmp_path / "log.txt").read_text()
+    refused = run_script("train_gpt2.py", *flags)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert (tmp_path / "log.txt").read_text() == log
+    assert run_script("train_gpt2.py", *flags, "--overwrite", "--max_steps", 1).returncode == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    assert read_log(tmp_path / "log.txt")["val"][0] == [0, 1] and (tmp_path / "notes.txt").exists()
+
+
+def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_path):
+    """Looking at samples draws random numbers; the training must not notice."""
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--sample_interval", 5, "--prompt", "The law"]
+    done = run_script("train_gpt2.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^sample \d: The law", done.stdout, re.M)) == 4 * 4
+    assert read_log(tmp_path / "log.txt")["train"] == read_log(small_run[0] / "log.txt")["train"]
+
+
+def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
+    """The original counts evaluation into tok/s; here most of the time is evaluation, and the steps do not show it."""
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--max_steps", 5, "--eval_interval", 1]
+    start = time.perf_counter()
+    done = run_script("train_gpt2.py", *flags, "--total_batch_tokens", 256, "--val_tokens", 20_000)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert sum(256 / tok_s for tok_s in read_log(tmp_path / "log.txt")["tok_s"][1]) < seconds / 5
+
+
+def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, run_script, tmp_path):
+    """Training on must start where the checkpoint stopped, and refuse data of another vocabulary."""
+    folder = small_run[0] / "checkpoints" / "step_000020"
+    flags = [*SMALL, "--init_from", folder, "--max_steps", 5, "--out_dir", tmp_path / "out"]
+    done = run_script("train_gpt2.py", *flags, "--data_dir", web_shards)
+    assert done.returncode == 0, done.stderr
+    assert read_log(tmp_path / "out" / "log.txt")["val"][1][0] == read_log(small_run[0] / "log.txt")["val"][1][-1]
+    fineweb.prepare("stdlib", tmp_path / "bytes", "bytes", shard_tokens=400_000, max_tokens=500_000)
+    wrong = run_script("train_gpt2.py", *flags, "--data_dir", tmp_path / "bytes", "--overwrite")
+    assert wrong.returncode == 2 and "50257 ids" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    assert read_log(tmp_path / "out" / "log.txt")["val"][0] == [0, 5]
+
+
+def test_hellaswag_in_training(web_shards, shared_data, run_script, tmp_path):
+    """HellaSwag is scored at every evaluation, with the counts of one process on two."""
+    rows = (shared_data / "hellaswag" / "hellaswag_val_600.jsonl").read_text().splitlines(keepends=True)[:40]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    flags = [*SMALL, "--data_dir", web_shards, "--block_size", 256, "--hellaswag_file", tmp_path / "rows.jsonl"]
+    flags += ["--max_steps", 5, "--eval_interval", 5]
+    logs = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = run_script("train_gpt2.py", *flags, "--out_dir", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        logs.append(read_log(out / "log.txt")["hella"])
+        assert logs[-1][0] == [0, 5] and all((40 * value) % 1 == pytest.approx(0, abs=1e-5) for value in logs[-1][1])
+    assert logs[0] == logs[1]
+
+
+def test_trains_without_hellaswag_offline(web_shards, run_script, tmp_path):
+    """Without the file and without a network, training says so in one line and goes on."""
+    if Path(TrainConfig.hellaswag_file).exists():
+        pytest.skip("the HellaSwag file is here already")
+    flags = [*SMALL[:-2], "--data_dir", web_shards, "--out_dir", tmp_path, "--max_steps", 5]
+    done = run_script("train_gpt2.py", *flags, https_proxy="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("training without HellaSwag", done.stdout)) == 1
+    assert not Path(TrainConfig.hellaswag_file).exists() and "hella" not in read_log(tmp_path / "log.txt")
+
+
+def test_a_failed_save_leaves_no_checkpoint(tmp_path):
+    """A folder that bears its final name is complete: one that failed half way must not."""
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):  # a function inside cannot be written
+        save_checkpoint(tmp_path, 7, small_model(), fineweb.get_encoding("bytes"), {"step": lambda: 7})
+    assert not list(tmp_path.glob("checkpoints/step_*"))
+    folder = save_checkpoint(tmp_path, 7, small_model(), fineweb.get_encoding("bytes"), {"step": 7})
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 257
+
+
+def test_runs_without_a_compiler(web_shards, run_script, tmp_path):
+    """--compile on, on a machine with no C++ compiler: a plain warning, and an eager run."""
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--compile", "on", "--max_steps", 5]
+    done = run_script("train_gpt2.py", *flags, PATH="/nowhere", CXX="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: torch.compile needs a C++ compiler") == 1 and "eager" in done.stdout
+
+
+def test_compiled_run(small_run, web_shards, run_script, tmp_path):
+    """The original turns compilation off because HellaSwag and sampling broke it; ours samples, scores and saves."""
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--compile", "on", "--sample_interval", 10]
+    done = run_script("train_gpt2.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "compiled" in done.stdout and done.stdout.count("sample 0: Hello, I'm a language model,") == 2
+    eager, compiled = (read_log(out / "log.txt") for out in (small_run[0], tmp_path))
+    assert compiled["train"][1] == pytest.approx(eager["train"][1], abs=1e-3)
+    names = GPT.from_pretrained(tmp_path / "checkpoints" / "step_000020").state_dict()
+    assert not any("_orig_mod" in name for name in names)

@@ -1,0 +1,1012 @@
+"""
+Train a GPT-2 from scratch: one file, read from top to bottom.
+
+    python train_gpt2.py --preset demo                        a small model, on a CPU, in two minutes
+    python train_gpt2.py                                      GPT-2 124M on one GPU (first: python fineweb.py)
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run, the same batches, on eight
+    python train_gpt2.py --help                               every flag
+
+or, from a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
+
+Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd), nh heads (n_head), hs head size
+(C = nh * hs), V ids of the vocabulary.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.nn.parallel import DistributedDataParallel
+
+import fineweb
+import hellaswag
+
+HERE = Path(__file__).resolve().parent
+
+
+class ConfigError(ValueError):
+    """A user's mistake, said in lines that name the flag or file and what mends it. main() exits with code 2 on it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration: every number of the recipe stands in these tables, with its source
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. The defaults are GPT-2 124M."""
+
+    block_size: int = 1024  # positions: the longest sequence the model can read (GPT-2)
+    vocab_size: tyro.conf.Suppress[int] = 50257  # true size; the last id is <|endoftext|>. A run takes it from the data
+    n_layer: int = 12  # blocks (GPT-2)
+    n_head: int = 12  # attention heads of a block (GPT-2)
+    n_embd: int = 768  # channels (GPT-2)
+    flash: bool = True  # fused attention kernel; off spells out the lower-triangular mask, for reading and timing
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding: a multiple of 128, which matrix units like (50257 -> 50304)."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. The defaults are the lecture's recipe; its numbers are the GPT-3 paper's (table 2.1, appendix B)."""
+
+    preset: str = "gpt2"  # the set of defaults that the other flags override
+    data_dir: str = str(HERE / "edu_fineweb10B")  # token shards, as fineweb.py writes them or as published .bin files
+    out_dir: str = str(HERE / "log")  # where log.txt, curve.png and checkpoints/ go
+    init_from: str | None = None  # Hugging Face name or model folder to train on from; its shape replaces the flags'
+    overwrite: bool = False  # delete the run that out_dir holds and start anew
+    seed: int = 1337  # of the initialization and the shuffle (lecture)
+
+    max_steps: int = 19073  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
+    total_batch_tokens: int = 524288  # tokens of an update over all processes: 2**19, about 0.5M (GPT-3)
+    micro_batch: int = 64  # rows that a process computes at a time: as many as fit in memory (lecture)
+    seq_len: int = 1024  # tokens of a row, at most block_size (GPT-2)
+    shuffle: bool = True  # permute shards and rows anew in every epoch; off is the lecture's order
+
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+    lr: float = 6e-4  # peak learning rate (GPT-3)
+    min_lr_ratio: float = 0.1  # where the cosine ends, as a share of the peak (GPT-3)
+    warmup_steps: int = 715  # linear warmup: 375M tokens (GPT-3)
+    weight_decay: float = 0.1  # on tensors of two dimensions and more only (GPT-3)
+    grad_clip: float = 1.0  # largest norm of the whole gradient, 0 for no limit (GPT-3)
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # of AdamW (GPT-3)
+    eps: ClassVar[float] = 1e-8  # of AdamW (GPT-3)
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 where it is native
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+
+    eval_interval: int = 250  # steps between evaluations (lecture)
+    val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (nanoGPT speedruns)
+    save_interval: int = 5000  # steps between checkpoints; the last step is always saved (lecture)
+    sample_interval: int = 250  # steps between samples, 0 for none (lecture)
+    prompt: str = "Hello, I'm a language model,"  # what the samples begin with (lecture)
+    num_samples: int = 4  # samples each time (lecture)
+    max_new_tokens: int = 24  # tokens added to the prompt: 32 with the prompt's eight (lecture)
+    hellaswag_file: str = str(HERE / "hellaswag" / "hellaswag_val.jsonl")  # downloaded if missing; none turns it off
+
+
+# GPT-2's paper gives shapes but no rates: the rates are those of GPT-3's models of about the same size. Where GPT-3
+# alternates dense and sparse attention, ours is dense throughout. Our 1.3B has 16 heads of 128: the paper's table
+# says 24, which does not divide 2048. All train on 10B tokens; for the paper's 300B: --max_steps 572205, 1.3B 286102.
+PRESETS = {
+    "gpt2": (GPTConfig(), TrainConfig()),
+    "gpt2-medium": (
+        GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+        TrainConfig(preset="gpt2-medium", lr=3e-4, micro_batch=32),
+    ),
+    "gpt2-large": (
+        GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+        TrainConfig(preset="gpt2-large", lr=2.5e-4, micro_batch=16),
+    ),
+    "gpt2-xl": (
+        GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+        TrainConfig(preset="gpt2-xl", lr=2e-4, micro_batch=8),
+    ),
+    "gpt3-125m": (
+        GPTConfig(block_size=2048),
+        TrainConfig(preset="gpt3-125m", seq_len=2048, micro_batch=32),
+    ),
+    "gpt3-350m": (
+        GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
+        TrainConfig(preset="gpt3-350m", seq_len=2048, micro_batch=16, lr=3e-4),
+    ),
+    "gpt3-760m": (
+        GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
+        TrainConfig(preset="gpt3-760m", seq_len=2048, micro_batch=8, lr=2.5e-4),
+    ),
+    "gpt3-1.3b": (
+        GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
+        TrainConfig(
+            preset="gpt3-1.3b", seq_len=2048, micro_batch=4, lr=2e-4,
+            total_batch_tokens=1048576, max_steps=9537, warmup_steps=358,
+        ),
+    ),
+    # chosen by measurement on two CPU cores: see benchmarks/results/demo.md
+    "demo": (
+        GPTConfig(block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
+        TrainConfig(
+            preset="demo", data_dir=str(HERE / "demo" / "data"), out_dir=str(HERE / "demo" / "log"), overwrite=True,
+            max_steps=1000, total_batch_tokens=24 * 128, micro_batch=24, seq_len=128,
+            optimizer="muon", lr=3e-3, warmup_steps=50, eval_interval=250, save_interval=500, sample_interval=250,
+            prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none",
+        ),
+    ),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj.NANOGPT_SCALE_INIT = True
+        self.n_head = config.n_head
+        self.flash = config.flash
+
+    def forward(self, x, mask=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if self.flash:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        else:
+            visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if mask is None else mask
+            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5  # (B, nh, T, T)
+            y = F.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1) @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # the approximation that GPT-2 was trained with
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj.NANOGPT_SCALE_INIT = True
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.ln_1(x), mask)  # attention is where tokens talk to each other
+        x = x + self.mlp(self.ln_2(x))  # the MLP is where each thinks for itself
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019), with the names of OpenAI's and Hugging Face's parameters."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # one tensor reads tokens and writes them (Press & Wolf 2017)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = 0.02
+            if hasattr(module, "NANOGPT_SCALE_INIT"):
+                # the residual stream sums two branches a block: this keeps its size the same at any depth (GPT-2, 2.3)
+                std *= (2 * self.config.n_layer) ** -0.5
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def num_params(self):
+        """Parameters, tied weights counted once and the padding of the vocabulary not at all: 124,439,808 for GPT-2."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def trunk(self, idx, position_ids=None, mask=None):
+        """The final states of the tokens, before the vocabulary.
+
+        idx: (B, T) token ids. position_ids: (T) or (B, T), 0 … T-1 unless given. mask: boolean, broadcast to
+        (B, nh, T, T), True where the row may look at the column; causal unless given. Returns (B, T, C).
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
+        if position_ids is None:
+            position_ids = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, mask)
+        return self.transformer.ln_f(x)
+
+    def head(self, states):
+        """Logits (..., V) of states (..., C), cropped to the true vocabulary: a padding id cannot be predicted."""
+        return self.lm_head(states)[..., : self.config.vocab_size]
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
+
+        The loss is the mean cross entropy in nats over the targets that are not -100, in float32. No logits come with
+        it, so that the largest tensor of the step can be freed as soon as the loss is known.
+        """
+        logits = self.head(self.trunk(idx))
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+        """Continue each row of idx (B, T) by max_new_tokens sampled ids: returns (B, T + max_new_tokens).
+
+        Only the top_k likeliest ids are drawn from (None for all); temperature 0 takes the likeliest. generator: a
+        torch.Generator on idx's device. Does not stop at <|endoftext|>; beyond block_size the oldest tokens go unread.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1) or idx.size(1) == 0:
+            raise ValueError("generate needs a prompt of at least one token, temperature >= 0 and top_k >= 1 or None")
+        for _ in range(max_new_tokens):
+            states = self.trunk(idx[:, -self.config.block_size :])
+            logits = self.head(states[:, -1]).float()  # (B, V)
+            likeliest, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), sorted
+            if temperature == 0:
+                next_id = ids[:, :1]
+            else:
+                probabilities = F.softmax(likeliest / temperature, dim=-1)
+                next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+            idx = torch.cat((idx, next_id), dim=1)
+        return idx
+
+    # OpenAI's checkpoints, and so Hugging Face's folders, store these weights as (in, out), nn.Linear as (out, in)
+    TRANSPOSED = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """A model with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, any other Hub name
+        or any folder of a GPT2LMHeadModel, our checkpoints among them. Raises ConfigError for what is not to be had, is
+        no GPT-2 or lacks weights.
+        """
+        from transformers import AutoConfig, GPT2LMHeadModel, logging  # takes seconds to import, so only here
+
+        logging.disable_progress_bar()
+        try:
+            hf_config = AutoConfig.from_pretrained(name_or_folder)
+            check_is_gpt2(hf_config)
+            hf_model, loading = GPT2LMHeadModel.from_pretrained(
+                name_or_folder, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason}") from None
+        lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        if lacking:
+            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
+        config = GPTConfig(
+            block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size,
+            n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd,
+        )  # fmt: skip
+        model = cls(config)
+        state = hf_model.state_dict()
+        del state["lm_head.weight"]  # tied to wte
+        with torch.no_grad():
+            for name, weight in state.items():
+                ours = model.get_parameter(name)
+                if name == "transformer.wte.weight":
+                    ours[config.vocab_size :] = 0
+                    ours = ours[: config.vocab_size]
+                ours.copy_(weight.t() if cls.TRANSPOSED.search(name) else weight)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors (float32) into folder: what transformers opens as GPT2LMHeadModel."""
+        from safetensors.torch import save_file
+
+        folder, config = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for name, weight in self.state_dict().items():
+            if name == "lm_head.weight":
+                continue  # tied to wte
+            weight = weight.detach().float().cpu()
+            if name == "transformer.wte.weight":
+                weight = weight[: config.vocab_size]
+            state[name] = (weight.t() if self.TRANSPOSED.search(name) else weight).contiguous()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        hf_config = dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
+            vocab_size=config.vocab_size, n_positions=config.block_size,
+            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+            activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+            bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1,
+        )  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+
+
+def check_is_gpt2(hf_config):
+    """Raise ValueError unless a Hugging Face config describes exactly the computation that GPT does."""
+    if hf_config.model_type != "gpt2":
+        raise ValueError(f"its model_type is {hf_config.model_type}")
+    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
+    for field, value in expected.items():
+        if getattr(hf_config, field, value) != value:
+            raise ValueError(f"its {field} is {getattr(hf_config, field)}, GPT-2's is {value}")
+    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
+        raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the data
+
+
+class DataLoaderLite:
+    """Batches of rows from a folder of token shards: the same global batches however many processes share them.
+
+    All shards of a split are one stream of tokens. Row i of an epoch's unshuffled order is the T+1 tokens from i*T on
+    (the last is the target of the one before), so rows cross shard borders and no token is dropped but the last partial
+    row. A shuffled epoch permutes the shards, then the rows that start in each: reads stay within one shard at a time.
+    `position`, the number of rows that all processes together have consumed, is the loader's whole state.
+    Raises fineweb.DataError for shards that are missing, broken or too short.
+    """
+
+    def __init__(self, data_dir, split, B, T, rank=0, world_size=1, shuffle=True, seed=1337):
+        self.B, self.T, self.rank, self.world_size, self.shuffle, self.seed = B, T, rank, world_size, shuffle, seed
+        self.paths = fineweb.find_shards(data_dir, split)
+        self.vocab_size = fineweb.read_manifest(data_dir)["vocab_size"]
+        self.shards = [fineweb.open_shard(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # first token of each shard in the stream
+        self.num_rows = max(0, int(self.starts[-1]) - 1) // T
+        if self.num_rows == 0:
+            raise fineweb.DataError(
+                f"{data_dir}: the {split} split holds {self.starts[-1]} tokens, too few for one row of --seq_len {T}: "
+                "shard more text with python fineweb.py, or shorten the rows"
+            )
+        # rows that start before each shard: shard k owns the rows first_row[k] … first_row[k+1]-1
+        self.first_row = np.minimum(-(-self.starts // T), self.num_rows)
+        self.position = 0
+        self._row_order = lru_cache(maxsize=2)(self._draw_row_order)  # two: a batch may straddle a shard border
+        self._shard_order = lru_cache(maxsize=2)(self._draw_shard_order)
+
+    def _draw_shard_order(self, epoch):
+        # RandomState, not default_rng: its stream is frozen, so that a run can be repeated with any later numpy
+        order = np.random.RandomState([self.seed, epoch]).permutation(len(self.shards))
+        return order, np.cumsum([0, *np.diff(self.first_row)[order]])
+
+    def _draw_row_order(self, epoch, shard):
+        rows = self.first_row[shard + 1] - self.first_row[shard]
+        return np.random.RandomState([self.seed, epoch, shard]).permutation(rows)
+
+    def _row_index(self, position):
+        """Which row of the unshuffled order stands at this position of the endless sequence of epochs."""
+        epoch, i = divmod(position, self.num_rows)
+        if not self.shuffle:
+            return i
+        order, bounds = self._shard_order(epoch)
+        place = int(np.searchsorted(bounds, i, side="right")) - 1
+        shard = int(order[place])
+        return int(self.first_row[shard] + self._row_order(epoch, shard)[i - bounds[place]])
+
+    def _read_tokens(self, start, out):
+        """Fill out (n) from the stream's tokens start … start+n-1, across as many shards as they touch."""
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - self.starts[shard]
+            piece = self.shards[shard][offset : offset + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            if len(piece) and piece.max() >= self.vocab_size:
+                raise fineweb.DataError(
+                    f"{self.paths[shard]} holds token id {piece.max()} in a vocabulary of {self.vocab_size}: "
+                    "it is damaged or of another encoding; make the shards anew with python fineweb.py"
+                )
+            filled += len(piece)
+            shard += 1
+
+    def rows(self, positions):
+        """The rows at these positions: inputs x and targets y, each (len(positions), T) int64."""
+        tokens = np.empty((len(positions), self.T + 1), dtype=np.uint16)
+        for row, position in zip(tokens, positions):
+            self._read_tokens(self._row_index(position) * self.T, row)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def next_batch(self):
+        """This process's next micro-batch: x and y, each (B, T) int64 on the CPU."""
+        first = self.position + self.rank * self.B
+        self.position += self.B * self.world_size
+        return self.rows(range(first, first + self.B))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optimizers and schedule
+
+
+def configure_optimizers(model, config):
+    """The list of optimizers that --optimizer names, over all parameters of the model, each once.
+
+    Weight decay falls on tensors of two dimensions and more (matrices and embeddings), not on biases and layer norms.
+    Muon orthogonalizes the update of a matrix (Jordan et al. 2024); match_rms_adamw scales it to the size of an AdamW
+    update (Moonshot AI 2025), so that one --lr and one --weight_decay serve both.
+    """
+    matrices, decayed, undecayed = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            undecayed.append(parameter)
+        elif config.optimizer == "muon" and ".h." in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+def get_lr(step, config):
+    """The learning rate of an update: linear warmup, then a cosine down to min_lr_ratio * lr at max_steps (GPT-3)."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if step >= config.max_steps:
+        return config.lr * config.min_lr_ratio
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 -> 0
+    return config.lr * (config.min_lr_ratio + cosine * (1.0 - config.min_lr_ratio))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runtime: which process this is, and what it computes on
+
+
+@dataclass(frozen=True)
+class Runtime:
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+
+    def autocast(self):
+        """Matrix products in dtype, sums and losses in float32; nothing at all for float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def print0(self, *values):
+        if self.rank == 0:
+            print(*values, flush=True)
+
+    def sum_over_ranks(self, tensor):
+        """The sum of the processes' tensors, on every process (gloo has no average, so who wants one divides)."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def pick_device(name):
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(name, device_type):
+    """auto is bfloat16 where the hardware multiplies it natively, float16 on older GPUs, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device_type == "mps":
+        return torch.bfloat16
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    return torch.bfloat16 if any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def missing_compiler(device_type):
+    """What torch.compile lacks on this machine, or None."""
+    if device_type == "cuda" and find_spec("triton") is None:
+        return "the package triton"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+        return "a C++ compiler"
+    return None
+
+
+def setup_runtime(config):
+    """Join the other processes, if torchrun started several, and choose device, precision and compilation."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device_type = pick_device(config.device)
+    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)) if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if world_size > 1:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    compile = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
+    lacking = missing_compiler(device_type) if compile else None
+    runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), compile and lacking is None)
+    if lacking:
+        runtime.print0(f"warning: torch.compile needs {lacking}, which is not here: running without it, only slower")
+    return runtime
+
+
+# dense bfloat16 FLOP/s of the datasheets, for the MFU; the first name that the device's contains counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}
+
+
+def flops_per_token(config, T):
+    """FLOPs of a training step per token: 6 for each weight that multiplies, 12·L·C·T for attention (PaLM, app. B)."""
+    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * T
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def validation_loss(model, loader, val_tokens, runtime):
+    """Mean loss in nats per token over the first val_tokens of the split (all of it, if it is smaller).
+
+    The same tokens on every layout: what fills the last batch up is ignored, and the mean is over tokens, not batches.
+    """
+    B, T = loader.B, loader.T
+    rows = min(val_tokens // T, loader.num_rows)
+    losses, counts = [], []
+    for first in range(runtime.rank * B, rows, runtime.world_size * B):
+        x, y = loader.rows(range(first, first + B))
+        y = y.clone()  # x and y are views of the same tokens
+        y[rows - first :] = -100  # the rows past the end, which cross_entropy ignores
+        with runtime.autocast():
+            _, loss = model(x.to(runtime.device), y.to(runtime.device))
+        losses.append(loss)
+        counts.append(min(B, rows - first) * T)
+    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
+    total = (losses * torch.tensor(counts, dtype=torch.float64)).sum()
+    return runtime.sum_over_ranks(total).item() / (rows * T)
+
+
+def load_hellaswag(config, encoding, runtime):
+    """The rows to score, the same on every process, or None where the file is not to be had or not wanted."""
+    if config.hellaswag_file == "none" or encoding.name != "gpt2":
+        return None
+    rows = [None]
+    if runtime.rank == 0:
+        try:
+            hellaswag.download(config.hellaswag_file)
+            rows = [hellaswag.load_rows(config.hellaswag_file)]
+        except hellaswag.HellaSwagError as error:
+            runtime.print0(f"training without HellaSwag: {error}")
+    if runtime.world_size > 1:
+        dist.broadcast_object_list(rows, device=runtime.device)
+    return rows[0]
+
+
+def hellaswag_accuracy(raw_model, encoding, rows, runtime):
+    """HellaSwag's acc_norm, completion style, over all rows."""
+    counts = hellaswag.evaluate(
+        raw_model.trunk, raw_model.head, encoding.encode_ordinary, rows, runtime.rank, runtime.world_size,
+        device=runtime.device, max_length=raw_model.config.block_size,
+    )  # fmt: skip
+    total, correct_norm = runtime.sum_over_ranks(torch.tensor([counts.total, counts.correct_norm])).tolist()
+    return correct_norm / total
+
+
+def print_samples(raw_model, encoding, config, runtime):
+    prompt = torch.tensor(encoding.encode_ordinary(config.prompt), device=runtime.device)
+    generator = torch.Generator(runtime.device).manual_seed(42)  # its own, so that looking does not change the run
+    with runtime.autocast():
+        rows = raw_model.generate(
+            prompt.expand(config.num_samples, -1), config.max_new_tokens, generator=generator
+        ).tolist()
+    for i, row in enumerate(rows):
+        print(f"sample {i}: {encoding.decode(row)}", flush=True)
+
+
+def write_log(out_dir, step, **values):
+    """Append `step stream value` lines to log.txt: build-nanogpt's grammar."""
+    with open(Path(out_dir) / "log.txt", "a") as f:
+        f.writelines(f"{step} {stream} {value:.8g}\n" for stream, value in values.items())
+
+
+def read_log(path):
+    """{stream: (steps, values)} of a log.txt, ours or build-nanogpt's, each a list in the order of the file."""
+    streams = {}
+    for line in Path(path).read_text().splitlines():
+        step, stream, value = line.split()
+        steps, values = streams.setdefault(stream, ([], []))
+        steps.append(int(step))
+        values.append(float(value))
+    return streams
+
+
+# what OpenAI's models reach: GPT-2 124M's loss on the FineWeb-Edu validation shard and HellaSwag (build-nanogpt), GPT-3
+# 125M's HellaSwag (its paper)
+REFERENCES = {"val": {"GPT-2 124M": 3.2924}, "hella": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
+
+
+def draw_curve(out_dir, references=REFERENCES):
+    """Draw log.txt's losses and, where it has them, HellaSwag accuracies into curve.png."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    log = read_log(Path(out_dir) / "log.txt")
+    dots = {"lw": 2, "marker": "o", "ms": 4}
+    panels = {"loss, nats per token": {"train": {"lw": 0.8, "alpha": 0.6}, "val": dots}}
+    if "hella" in log:
+        panels["HellaSwag acc_norm"] = {"hella": dots}
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    for axes, (ylabel, streams) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for stream, style in streams.items():
+            if stream in log:
+                axes.plot(*log[stream], label=f"{stream}, last {log[stream][1][-1]:.4f}", **style)
+            for name, value in references.get(stream, {}).items():
+                dashes = "--" if "GPT-2" in name else ":"
+                axes.axhline(value, color="gray", lw=1, ls=dashes, label=f"{name}, {value:.3f}")
+        axes.set(xlabel="step", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(Path(out_dir) / "curve.png", dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(out_dir, step, raw_model, encoding, training_state):
+    """Write OUT/checkpoints/step_NNNNNN: a Hugging Face GPT-2 folder, and training_state.pt beside the weights.
+
+    All is written under a name that begins with a dot and flushed to the disk before the folder gets its own name: a
+    folder that bears its final name is complete, whatever happens. Returns its path.
+    """
+    final = Path(out_dir) / "checkpoints" / f"step_{step:06d}"
+    temporary = final.with_name(f".{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    raw_model.save_pretrained(temporary)
+    fineweb.save_tokenizer(encoding, temporary, raw_model.config.block_size)
+    torch.save(training_state, temporary / "training_state.pt")
+    for path in temporary.iterdir():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+    os.replace(temporary, final)
+    if os.name == "posix":  # the new name, too, must outlive a power cut
+        folder = os.open(final.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    return final
+
+
+def training_state(step, raw_model, optimizers, scaler, loader, config):
+    """What training needs beside the weights to go on: plain tensors, numbers and dicts."""
+    return {
+        "step": step,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "scaler": scaler.state_dict(),
+        "loader": loader.position,
+        "rng": torch.get_rng_state(),
+        "config": {**asdict(raw_model.config), **asdict(config)},
+    }
+
+
+def start_out_dir(out_dir):
+    """Make the output folder, and delete the run in it if there is one: log, curve and checkpoints, nothing else."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("log.txt", "curve.png"):
+        (out_dir / name).unlink(missing_ok=True)
+    for folder in [*out_dir.glob("checkpoints/step_*"), *out_dir.glob("checkpoints/.step_*")]:
+        shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def wrap_model(raw_model, runtime):
+    """The handle to train through: compiled, and synchronizing gradients where there are several processes."""
+    model = torch.compile(raw_model, dynamic=False) if runtime.compile else raw_model
+    if runtime.world_size > 1:
+        device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+        model = DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return model
+
+
+def train_step(model, optimizers, scaler, loader, step, config, runtime):
+    """One update from the next global batch. Returns its mean loss (nats per token), and the gradient's norm."""
+    grad_accum_steps = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
+    loss_sum = torch.zeros((), device=runtime.device)
+    for micro_step in range(grad_accum_steps):
+        x, y = loader.next_batch()
+        x, y = x.to(runtime.device), y.to(runtime.device)
+        # gradients add up locally; only the last backward pass averages them over the processes
+        last_micro_step = micro_step == grad_accum_steps - 1
+        with nullcontext() if last_micro_step else getattr(model, "no_sync", nullcontext)():
+            with runtime.autocast():
+                _, loss = model(x, y)
+            # backward passes add gradients, and a sum over micro-batches is not the mean over the batch: divide first
+            loss = loss / grad_accum_steps
+            scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    # the one time a step that the host waits for the device
+    loss, norm = torch.stack([runtime.sum_over_ranks(loss_sum) / runtime.world_size, norm]).tolist()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, config)
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss, norm
+
+
+def evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, config, runtime):
+    """Measure, print and log what is due at this step. model runs the fixed shape, raw_model the changing ones."""
+    last_step = step == config.max_steps
+    raw_model.eval()
+    if step % config.eval_interval == 0 or last_step:
+        results = {"val": validation_loss(model, val_loader, config.val_tokens, runtime)}
+        if hellaswag_rows:
+            results["hella"] = hellaswag_accuracy(raw_model, encoding, hellaswag_rows, runtime)
+        runtime.print0(f"step {step:5d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in results.items()))
+        if runtime.rank == 0:
+            write_log(config.out_dir, step, **results)
+            draw_curve(config.out_dir, REFERENCES if encoding.name == "gpt2" else {})
+    if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
+        print_samples(raw_model, encoding, config, runtime)
+    raw_model.train()
+
+
+def load_model(model_config, encoding, config):
+    """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
+    if not config.init_from:
+        return GPT(replace(model_config, vocab_size=encoding.n_vocab))
+    model = GPT.from_pretrained(config.init_from)
+    if model.config.vocab_size != encoding.n_vocab:
+        raise ConfigError(
+            f"--init_from {config.init_from} knows {model.config.vocab_size} ids, the shards of {config.data_dir} have "
+            f"{encoding.n_vocab}: shard the text in the model's encoding, with python fineweb.py --encoding"
+        )
+    if model.config.block_size < config.seq_len:
+        raise ConfigError(
+            f"--seq_len {config.seq_len} is more than --init_from {config.init_from} can read: "
+            f"give --seq_len {model.config.block_size}"
+        )
+    return model
+
+
+def train(model_config, config, runtime):
+    """Run steps 0 … max_steps, each evaluated before it is updated, so that the last line is of the finished model."""
+    torch.manual_seed(config.seed)
+    encoding = fineweb.get_encoding(fineweb.read_manifest(config.data_dir)["encoding"])
+    raw_model = load_model(model_config, encoding, config).to(runtime.device)
+    layout = config.micro_batch, config.seq_len, runtime.rank, runtime.world_size
+    loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed)
+    val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False)
+    hellaswag_rows = load_hellaswag(config, encoding, runtime)
+    optimizers = configure_optimizers(raw_model, config)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    model = wrap_model(raw_model, runtime)
+    runtime.print0(describe_run(raw_model, loader, config, runtime))
+    if runtime.rank == 0:
+        start_out_dir(config.out_dir)
+
+    for step in range(config.max_steps + 1):
+        last_step = step == config.max_steps
+        evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, config, runtime)
+        if runtime.rank == 0 and (last_step or (step > 0 and step % config.save_interval == 0)):
+            state = training_state(step, raw_model, optimizers, scaler, loader, config)
+            runtime.print0(f"saved {save_checkpoint(config.out_dir, step, raw_model, encoding, state)}")
+        if last_step:
+            break
+        start = time.perf_counter()  # after the evaluation: tok/s is the speed of training alone
+        loss, norm = train_step(model, optimizers, scaler, loader, step, config, runtime)
+        report_step(step, loss, norm, time.perf_counter() - start, raw_model, config, runtime)
+
+
+def report_step(step, loss, norm, seconds, raw_model, config, runtime):
+    """Print and log one update."""
+    lr, tok_s = get_lr(step, config), config.total_batch_tokens / seconds
+    line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
+    line += f"tok/s: {tok_s:,.0f}"
+    peak = peak_flops(runtime.device)
+    if peak:
+        # model FLOPs utilization: FLOPs that the model's mathematics needs, over those that the GPUs could have done
+        mfu = flops_per_token(raw_model.config, config.seq_len) * tok_s / (peak * runtime.world_size)
+        line += f" | mfu: {mfu:.1%}"
+    runtime.print0(line)
+    if runtime.rank == 0:
+        write_log(config.out_dir, step, train=loss, lr=lr, norm=norm, tok_s=tok_s)
+
+
+def describe_run(raw_model, loader, config, runtime):
+    """The lines that head a run: what is trained, on what, with what."""
+    c, tokens = raw_model.config, loader.num_rows * loader.T
+    accumulation = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
+    return (
+        f"model: {raw_model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels\n"
+        f"data: {tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}, "
+        f"{config.max_steps * config.total_batch_tokens / tokens:.2f} epochs in {config.max_steps} steps\n"
+        f"batch: {config.total_batch_tokens:,} tokens = {loader.B} rows x {loader.T} tokens x {runtime.world_size} "
+        f"processes x {accumulation} micro-steps\n"
+        f"machine: {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, "
+        f"{'compiled' if runtime.compile else 'eager'}, torch {torch.__version__}, {platform.machine()}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def config_errors(model_config, config):
+    """Everything wrong with a configuration, a line for each: all of it is found before any work starts."""
+    errors = []
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    positive = ["block_size", "n_layer", "n_head", "n_embd", "total_batch_tokens", "micro_batch", "seq_len", "lr",
+                "eval_interval", "save_interval", "val_tokens", "num_samples", "max_new_tokens"]  # fmt: skip
+    not_negative = ["max_steps", "warmup_steps", "weight_decay", "grad_clip", "sample_interval"]
+    values = {**asdict(model_config), **asdict(config)}
+    errors += [f"--{name} is {values[name]}: it must be above 0" for name in positive if not values[name] > 0]
+    errors += [f"--{name} is {values[name]}: it must be 0 or more" for name in not_negative if not values[name] >= 0]
+    if errors:
+        return errors  # the arithmetic below needs these
+    c = config
+    if model_config.n_embd % model_config.n_head:
+        errors.append(f"--n_embd {model_config.n_embd} is not a multiple of --n_head {model_config.n_head}")
+    if c.seq_len > model_config.block_size and not c.init_from:
+        errors.append(f"--seq_len {c.seq_len} is more than --block_size {model_config.block_size}: lower the first")
+    rows, remainder = divmod(c.total_batch_tokens, c.seq_len * world_size)
+    if remainder or not rows:
+        errors.append(
+            f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of --seq_len {c.seq_len} x {world_size} "
+            f"processes: {max(1, rows) * c.seq_len * world_size} is"
+        )
+    elif rows % c.micro_batch:
+        fits = max(b for b in range(1, min(c.micro_batch, rows) + 1) if rows % b == 0)
+        errors.append(f"--micro_batch {c.micro_batch} does not divide a process's {rows} rows of a batch: {fits} does")
+    if not 0 <= c.min_lr_ratio <= 1:
+        errors.append(f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1")
+    if not 0 <= c.seed < 2**32:
+        errors.append(f"--seed is {c.seed}: it must be from 0 to 2**32 - 1")
+    if c.warmup_steps > c.max_steps > 0:
+        errors.append(f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: lower the first")
+    if c.val_tokens < c.seq_len:
+        errors.append(f"--val_tokens {c.val_tokens} is less than one row of --seq_len {c.seq_len}")
+    if c.sample_interval and not c.prompt:
+        errors.append("--prompt is empty: samples need something to begin with (--sample_interval 0 turns them off)")
+    if c.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(c.hellaswag_file).is_file():
+        errors.append(f"--hellaswag_file {c.hellaswag_file} does not exist: without the flag it is downloaded")
+    return errors + machine_errors(c, world_size) + folder_errors(c)
+
+
+def machine_errors(config, world_size):
+    """What the machine cannot do of what the configuration asks for."""
+    errors = []
+    device_type = pick_device(config.device)
+    if device_type == "cuda" and not torch.cuda.is_available():
+        errors.append("--device cuda, but torch finds no GPU here: check nvidia-smi, or give --device cpu")
+    elif device_type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        errors.append(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes on {torch.cuda.device_count()} GPUs: "
+            "give torchrun --nproc_per_node as many as there are GPUs"
+        )
+    if device_type == "mps" and not torch.backends.mps.is_available():
+        errors.append("--device mps, but torch finds no Apple GPU here: give --device cpu")
+    if device_type == "mps" and world_size > 1:
+        errors.append("an Apple GPU serves one process: start with python, or give --device cpu")
+    if config.dtype == "float16" and device_type != "cuda":
+        errors.append(f"--dtype float16 needs an NVIDIA GPU, this run is on {device_type}: give --dtype float32")
+    return errors
+
+
+def folder_errors(config):
+    """What stands in the way in data_dir and out_dir."""
+    errors = []
+    if config.preset != "demo" or Path(config.data_dir).exists():  # the demo makes its shards
+        try:
+            for split in ("train", "val"):
+                fineweb.find_shards(config.data_dir, split)
+        except fineweb.DataError as error:
+            errors.append(str(error))
+    out_dir = Path(config.out_dir)
+    if not config.overwrite and ((out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*"))):
+        errors.append(f"{out_dir} holds a run: give --overwrite to delete it, or another --out_dir")
+    return errors
+
+
+def parse_command_line(arguments):
+    """(GPTConfig, TrainConfig) of a command line: --preset chooses the defaults, every other flag overrides."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="gpt2")
+    preset = first.parse_known_args(arguments)[0].preset
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset} is not known: choose one of {', '.join(PRESETS)}")
+    model_defaults, training_defaults = PRESETS[preset]
+
+    def configs(model: GPTConfig = model_defaults, training: TrainConfig = training_defaults):
+        return model, training
+
+    description = f"{inspect.cleandoc(__doc__).split('Shapes in')[0]}\nPresets: {', '.join(PRESETS)}"
+    return tyro.cli(
+        configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def main(arguments=None):
+    """Train as the command line says. Exit code 2 for a user's mistake, with a line for each."""
+    try:
+        model_config, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        errors = config_errors(model_config, config)
+        if errors:
+            raise ConfigError("\n".join(errors))
+        runtime = setup_runtime(config)
+        if config.preset == "demo" and runtime.rank == 0:
+            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=500_000, workers=1)
+        if runtime.world_size > 1:
+            dist.barrier()  # the shards are there
+        train(model_config, config, runtime)
+    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError) as error:
+        # a configuration is wrong on all processes alike: one of them says so
+        if not (isinstance(error, ConfigError) and int(os.environ.get("RANK", 0))):
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: halve --micro_batch (the batch of an update stays the same)", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
