@@ -53,7 +53,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-# ---------------------------------------------------- encodings ------------------------------------------------------
+# --- encodings --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -117,7 +117,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-# -------------------------------------------------- reading shards ---------------------------------------------------
+# --- reading shards ---------------------------------------------------------------------------------------------------
 
 
 def find_shards(data_dir: Path, split: str) -> list[Path]:
@@ -197,7 +197,7 @@ def prepare_command(settings: dict, out_dir: Path) -> str:
     return " ".join(["python fineweb.py", *(f"--{flag} {shlex.quote(str(values[flag]))}" for flag in flags)])
 
 
-# ----------------------------------------------- sources of documents ------------------------------------------------
+# --- sources of documents ---------------------------------------------------------------------------------------------
 
 
 def open_source(source: str, pinned: str | None) -> tuple[Iterator[str], str]:
@@ -304,7 +304,7 @@ def stdlib_texts() -> Iterator[str]:
             yield (root / name).read_bytes().decode()
 
 
-# -------------------------------------------------- writing shards ---------------------------------------------------
+# --- writing shards ---------------------------------------------------------------------------------------------------
 
 
 def encode_texts(texts: list[str], encoding_name: str) -> np.ndarray:

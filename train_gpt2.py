@@ -47,8 +47,7 @@ class ConfigError(ValueError):
     """A user's mistake, said in lines that name the flag or file and what mends it. main() exits with code 2 on it."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# configuration: every number of the recipe stands in these tables, with its source
+# --- configuration: every number of the recipe stands in these tables, with its source --------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the model
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 class CausalSelfAttention(nn.Module):
@@ -374,8 +372,7 @@ def check_is_gpt2(hf_config):
         raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the data
+# --- the data ---------------------------------------------------------------------------------------------------------
 
 
 class DataLoaderLite:
@@ -456,8 +453,7 @@ class DataLoaderLite:
         return self.rows(range(first, first + self.B))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# optimizers and schedule
+# --- optimizers and schedule ------------------------------------------------------------------------------------------
 
 
 def configure_optimizers(model, config):
@@ -498,8 +494,7 @@ def get_lr(step, config):
     return config.lr * (config.min_lr_ratio + cosine * (1.0 - config.min_lr_ratio))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# runtime: which process this is, and what it computes on
+# --- runtime: which process this is, and what it computes on ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -587,8 +582,7 @@ def peak_flops(device):
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# evaluation
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -613,20 +607,22 @@ def validation_loss(model, loader, val_tokens, runtime):
     return runtime.sum_over_ranks(total).item() / (rows * T)
 
 
-def load_hellaswag(config, encoding, runtime):
-    """The rows to score, the same on every process, or None where the file is not to be had or not wanted."""
+def load_hellaswag(config, encoding, block_size, runtime):
+    """The rows to score, the same on every process; None where they are not wanted, not to be had or too long."""
     if config.hellaswag_file == "none" or encoding.name != "gpt2":
         return None
-    rows = [None]
+    broadcast = [None]
     if runtime.rank == 0:
         try:
             hellaswag.download(config.hellaswag_file)
-            rows = [hellaswag.load_rows(config.hellaswag_file)]
+            rows = hellaswag.load_rows(config.hellaswag_file)
+            hellaswag.prepare(rows, encoding.encode_ordinary, block_size)
+            broadcast = [rows]
         except hellaswag.HellaSwagError as error:
             runtime.print0(f"training without HellaSwag: {error}")
     if runtime.world_size > 1:
-        dist.broadcast_object_list(rows, device=runtime.device)
-    return rows[0]
+        dist.broadcast_object_list(broadcast, device=runtime.device)
+    return broadcast[0]
 
 
 def hellaswag_accuracy(raw_model, encoding, rows, runtime):
@@ -695,8 +691,7 @@ def draw_curve(out_dir, references=REFERENCES):
     figure.savefig(Path(out_dir) / "curve.png", dpi=120)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(out_dir, step, raw_model, encoding, training_state):
@@ -744,8 +739,7 @@ def start_out_dir(out_dir):
         shutil.rmtree(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def wrap_model(raw_model, runtime):
@@ -833,7 +827,7 @@ def train(model_config, config, runtime):
     layout = config.micro_batch, config.seq_len, runtime.rank, runtime.world_size
     loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed)
     val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False)
-    hellaswag_rows = load_hellaswag(config, encoding, runtime)
+    hellaswag_rows = load_hellaswag(config, encoding, raw_model.config.block_size, runtime)
     optimizers = configure_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     model = wrap_model(raw_model, runtime)
@@ -846,12 +840,17 @@ def train(model_config, config, runtime):
         evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, config, runtime)
         if runtime.rank == 0 and (last_step or (step > 0 and step % config.save_interval == 0)):
             state = training_state(step, raw_model, optimizers, scaler, loader, config)
-            runtime.print0(f"saved {save_checkpoint(config.out_dir, step, raw_model, encoding, state)}")
+            checkpoint = save_checkpoint(config.out_dir, step, raw_model, encoding, state)
+            print(f"saved {checkpoint}", flush=True)
         if last_step:
             break
         start = time.perf_counter()  # after the evaluation: tok/s is the speed of training alone
         loss, norm = train_step(model, optimizers, scaler, loader, step, config, runtime)
         report_step(step, loss, norm, time.perf_counter() - start, raw_model, config, runtime)
+    runtime.print0(
+        f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png\n"
+        f"to read more of it: python sample.py --model {config.out_dir}"
+    )
 
 
 def report_step(step, loss, norm, seconds, raw_model, config, runtime):
@@ -884,8 +883,7 @@ def describe_run(raw_model, loader, config, runtime):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# command line
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def config_errors(model_config, config):

@@ -69,7 +69,7 @@ def byte_shards(tmp_path, make_shards):
     return make_shards(tmp_path / "bytes", {"val": [tokens[:700]], "train": [tokens[700:]]})
 
 
-# ------------------------------------------------------ importing -----------------------------------------------------
+# --- importing --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", ["train_gpt2", "fineweb", "hellaswag", "sample"])
@@ -100,7 +100,7 @@ def test_help_names_every_flag(run_script):
     assert "peak learning rate" in done.stdout and "gpt3-1.3b" in done.stdout
 
 
-# ---------------------------------------------------- configuration ---------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------------------------------
 
 
 def test_no_shards(run_script, tmp_path):
@@ -181,7 +181,7 @@ def test_precision_by_device():
     assert pick_dtype("float16", "cuda") == torch.float16
 
 
-# ------------------------------------------------------- a step -------------------------------------------------------
+# --- a step -----------------------------------------------------------------------------------------------------------
 
 
 def one_step(byte_shards, micro_batch, optimizer="adamw", wrap=lambda model: model):
@@ -258,7 +258,7 @@ def test_validation_loss_is_of_the_tokens_alone(byte_shards, val_tokens):
         assert validation_loss(model, loader, val_tokens, CPU) == pytest.approx(expected, abs=1e-6)
 
 
-# ------------------------------------------------------- a run --------------------------------------------------------
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def test_log_and_curve(small_run):

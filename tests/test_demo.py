@@ -1,0 +1,73 @@
+"""The demo as a newcomer runs it, and what it leaves behind. Minutes, so behind the marker `slow`."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from train_gpt2 import GPT, read_log
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, run_script):
+    """A folder with the demo's own layout, and the finished process."""
+    folder = tmp_path_factory.mktemp("demo")
+    flags = ["--preset", "demo", "--data_dir", folder / "demo" / "data", "--out_dir", folder / "demo" / "log"]
+    done = run_script("train_gpt2.py", *flags, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return folder, flags, done.stdout
+
+
+def test_demo_meets_its_figure(demo):
+    """The demo must learn: 1.10 nats per byte or less over the whole validation split, with samples on the way."""
+    folder, _, stdout = demo
+    log = read_log(folder / "demo" / "log" / "log.txt")
+    assert log["val"][1][-1] <= 1.10
+    assert stdout.count("sample 0:") >= 3 and stdout.count("def ") >= 3
+    for name in ("log.txt", "curve.png", f"checkpoints/step_{log['val'][0][-1]:06d}"):
+        assert f"{folder}/demo/log/{name}" in stdout and (folder / "demo" / "log" / name).exists()
+
+
+def test_demo_opens_in_transformers(demo):
+    """Its checkpoint is a Hugging Face model like any other: the same logits, and a tokenizer of bytes."""
+    checkpoint = max((demo[0] / "demo" / "log" / "checkpoints").iterdir())
+    theirs, ours = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), GPT.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer("def main():\n    print('größe')\n", return_tensors="pt")["input_ids"]
+    assert bytes(ids[0].tolist()).decode() == tokenizer.decode(ids[0]) == "def main():\n    print('größe')\n"
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)[0]).abs().max() <= 1e-4
+    text = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=256)
+    assert text.tolist() == ours.generate(ids, 20, temperature=0).tolist()
+
+
+def test_notebook_runs_on_the_demo(demo, monkeypatch):
+    """play.ipynb runs from top to bottom on what the demo leaves, and is kept without outputs."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    notebook = nbformat.read(ROOT / "play.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(demo[0])}}).execute()
+    pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 3
+    if folder := os.environ.get("KEEP_NOTEBOOK"):
+        nbformat.write(notebook, Path(folder) / "play.ipynb")
+
+
+def test_a_second_demo_starts_over(demo, run_script):
+    """Run again, the demo keeps its shards and begins a new run, without a flag."""
+    folder, flags, _ = demo
+    shard = folder / "demo" / "data" / "edufineweb_val_000000.npy"
+    before = shard.stat().st_mtime_ns
+    done = run_script("train_gpt2.py", *flags, "--max_steps", 60)
+    assert done.returncode == 0, done.stderr
+    assert shard.stat().st_mtime_ns == before
+    assert read_log(folder / "demo" / "log" / "log.txt")["val"][0] == [0, 60]
+    assert [path.name for path in (folder / "demo" / "log" / "checkpoints").iterdir()] == ["step_000060"]

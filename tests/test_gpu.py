@@ -1,0 +1,52 @@
+"""What only a CUDA device can show; run with pytest -m gpu."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from train_gpt2 import GPT, read_log
+
+pytestmark = pytest.mark.gpu
+SMALL = (
+    "--device cuda --n_layer 2 --n_head 2 --n_embd 64 --block_size 128 --seq_len 128 --total_batch_tokens 4096 "
+    "--micro_batch 8 --warmup_steps 5 --max_steps 20 --lr 0.003 --eval_interval 10 --val_tokens 5000 "
+    "--sample_interval 10 --prompt ! --hellaswag_file none"
+).split()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, make_shards):
+    tokens = np.random.RandomState(0).randint(0, 1000, 400_000)
+    return make_shards(tmp_path_factory.mktemp("gpu") / "data", {"val": [tokens[:20_000]], "train": [tokens[20_000:]]})
+
+
+def test_precisions_and_compilation_agree(shards, run_script, tmp_path):
+    """bfloat16, float16 with its scaler, and compiled code train like eager float32, and report their MFU."""
+    losses = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        for compile in ("off", "on"):
+            out = tmp_path / f"{dtype}_{compile}"
+            flags = [*SMALL, "--data_dir", shards, "--out_dir", out, "--dtype", dtype, "--compile", compile]
+            done = run_script("train_gpt2.py", *flags)
+            assert done.returncode == 0, done.stderr
+            assert re.search(r"machine: cuda.*" + ("compiled" if compile == "on" else "eager"), done.stdout)
+            losses[dtype, compile] = read_log(out / "log.txt")["train"][1]
+    reference = losses["float32", "off"]
+    for values in losses.values():
+        assert values == pytest.approx(reference, abs=0.05)
+
+
+def test_equal_to_hugging_face_on_the_gpu(tmp_path):
+    """The model computes there what transformers computes."""
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=64)).eval()
+    theirs.save_pretrained(tmp_path)
+    theirs, ours = theirs.cuda(), GPT.from_pretrained(tmp_path).cuda().eval()
+    ids = torch.randint(0, 50257, (2, 200), device="cuda")
+    with torch.no_grad():
+        assert (ours(ids)[0] - theirs(ids).logits).abs().max() <= 1e-3
+    generator = torch.Generator("cuda").manual_seed(1)
+    assert ours.generate(ids[:, :5], 10, generator=generator).max() < 50257
