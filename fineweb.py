@@ -456,7 +456,8 @@ def prepare(
     manifest = settings | {"documents": 0, "tokens": 0, "shards": {}, "finished": False}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_manifest(out_dir, manifest)
-    write_shards(encode_all(texts, encoding, os.cpu_count() if workers is None else workers), out_dir, manifest)
+    workers = min(os.cpu_count(), 61) if workers is None else workers  # 61: Windows waits for no more
+    write_shards(encode_all(texts, encoding, workers), out_dir, manifest)
     manifest["finished"] = True
     write_manifest(out_dir, manifest)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"

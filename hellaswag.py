@@ -234,36 +234,39 @@ def load_model(name: str):
         # What the file lacks has been filled with random weights; they must not be scored without a word.
         if absent := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
             raise ValueError(f"its weights lack {min(absent)}, or have it in another shape")
-        return model, load_encode(name, config.vocab_size)
+        return model, load_tokenizer(name, config.vocab_size)[0]
+    except HellaSwagError:
+        raise
     except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, KeyError
         hint = "give a Hub name, a Hugging Face GPT-2 folder or an output folder of train_gpt2.py"
         raise HellaSwagError(f"--model {name}: {one_line(error)} ({hint})") from error
 
 
-def load_encode(name: str, vocab_size: int):
-    """A model's own tokenizer as text -> ids with no special ones added, or GPT-2's for 50,257 ids and no files."""
+def load_tokenizer(name: str, vocab_size: int):
+    """A model's own tokenizer as (encode, decode), no special ids added; GPT-2's for 50,257 ids and no such files."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     if not os.path.isdir(name) or any(os.path.exists(os.path.join(name, file)) for file in files):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return lambda text: tokenizer.encode(text, add_special_tokens=False)
+        return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
     if vocab_size != 50257:
-        raise ValueError(f"no tokenizer files, and {vocab_size:,} ids are not GPT-2's 50,257")
+        raise HellaSwagError(f"--model {name}: no tokenizer files, and {vocab_size:,} ids are not GPT-2's 50,257")
     import tiktoken
 
-    return tiktoken.get_encoding("gpt2").encode_ordinary
+    encoding = tiktoken.get_encoding("gpt2")
+    return encoding.encode_ordinary, encoding.decode
 
 
-def pick_device(device: str | None) -> str:
-    """The device asked for, or the fastest one here. Raises HellaSwagError where it cannot be used."""
-    if device is None:
+def pick_device(name: str) -> str:
+    """The device of a flag; auto is the fastest one here. Raises HellaSwagError where it cannot be used."""
+    if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
-        raise HellaSwagError(f"--device {device}: {one_line(error)} (leave it out for the fastest here)") from error
-    return device
+        raise HellaSwagError(f"--device {name}: {one_line(error)} (auto is the fastest here)") from error
+    return name
 
 
 def one_line(error: Exception) -> str:
@@ -277,7 +280,7 @@ def render(row, losses) -> str:
     return "\n".join([row["ctx"], *endings, f"predicted {losses.index(min(losses))}, actual {row['label']}\n"])
 
 
-def run(model: str = "gpt2", file: Path = FILE, limit: int | None = None, device: str | None = None) -> None:
+def run(model: str = "gpt2", file: Path = FILE, limit: int | None = None, device: str = "auto") -> None:
     """
     Score a GPT-2 on HellaSwag, in fp32 and completion style.
 
@@ -285,7 +288,7 @@ def run(model: str = "gpt2", file: Path = FILE, limit: int | None = None, device
         model: a Hugging Face Hub name, a model folder, or an output folder of train_gpt2.py (its newest checkpoint).
         file: the rows, in HellaSwag's jsonl format; the default is downloaded if missing.
         limit: score the first rows only, so many of them.
-        device: cuda, mps or cpu; by default the first of these that is here.
+        device: auto, cuda, mps or cpu; auto is the first of these that is here.
     """
     device, model = pick_device(device), newest_checkpoint(model)
     if file == FILE:

@@ -6,27 +6,11 @@ Generate text from any GPT-2: one of Hugging Face's, or a checkpoint of ours.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
-import fineweb
 import hellaswag
-from train_gpt2 import GPT, ConfigError, TrainConfig, pick_device
-
-
-def load_tokenizer(model_name, vocab_size):
-    """(encode, decode) of a Hub name or a model folder; one without tokenizer files, but 50,257 ids, means gpt2."""
-    folder = Path(model_name)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        if vocab_size != 50257:
-            raise ConfigError(f"{folder} holds no tokenizer.json, and its {vocab_size} ids are not GPT-2's 50257")
-        encoding = fineweb.get_encoding("gpt2")
-        return encoding.encode_ordinary, encoding.decode
-    from transformers import AutoTokenizer  # takes seconds to import, so only here
-
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
+from train_gpt2 import GPT, ConfigError, TrainConfig
 
 
 def run(
@@ -49,16 +33,16 @@ def run(
         temperature: 0 for the likeliest text, 1 for the model's own distribution
         top_k: how many of the likeliest tokens to draw from
         seed: of the draw; the same seed gives the same samples
-        device: auto, cpu, cuda or mps
+        device: auto, cuda, mps or cpu; auto is the first of these that is here
     """
     if not prompt or num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 1:
         raise ConfigError(
             "--prompt, --num_samples, --max_new_tokens and --top_k must not be empty or 0, --temperature not negative"
         )
     name = hellaswag.newest_checkpoint(model)
-    device = torch.device(pick_device(device))
+    device = hellaswag.pick_device(device)
     gpt = GPT.from_pretrained(name).to(device).eval()
-    encode, decode = load_tokenizer(name, gpt.config.vocab_size)
+    encode, decode = hellaswag.load_tokenizer(name, gpt.config.vocab_size)
     ids = torch.tensor(encode(prompt), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     rows = gpt.generate(ids.expand(num_samples, -1), max_new_tokens, temperature, top_k, generator).tolist()
@@ -72,10 +56,11 @@ def main():
 
     try:
         tyro.cli(run, use_underscores=True)
-    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError) as error:
+    except (ConfigError, hellaswag.HellaSwagError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     main()

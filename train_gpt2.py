@@ -25,7 +25,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -72,7 +71,7 @@ class TrainConfig:
     """A run. The defaults are the lecture's recipe; its numbers are the GPT-3 paper's (table 2.1, appendix B)."""
 
     preset: str = "gpt2"  # the set of defaults that the other flags override
-    data_dir: str = str(HERE / "edu_fineweb10B")  # token shards, as fineweb.py writes them or as published .bin files
+    data_dir: str = str(fineweb.DATA_DIR)  # token shards, as fineweb.py writes them or as published .bin files
     out_dir: str = str(HERE / "log")  # where log.txt, curve.png and checkpoints/ go
     init_from: str | None = None  # Hugging Face name or model folder to train on from; its shape replaces the flags'
     overwrite: bool = False  # delete the run that out_dir holds and start anew
@@ -104,7 +103,8 @@ class TrainConfig:
     prompt: str = "Hello, I'm a language model,"  # what the samples begin with (lecture)
     num_samples: int = 4  # samples each time (lecture)
     max_new_tokens: int = 24  # tokens added to the prompt: 32 with the prompt's eight (lecture)
-    hellaswag_file: str = str(HERE / "hellaswag" / "hellaswag_val.jsonl")  # downloaded if missing; none turns it off
+    sample_seed: ClassVar[int] = 42  # of the samples' own generator (lecture)
+    hellaswag_file: str = str(hellaswag.FILE)  # downloaded if missing; none turns it off
 
 
 # GPT-2's paper gives shapes but no rates: the rates are those of GPT-3's models of about the same size. Where GPT-3
@@ -147,13 +147,14 @@ PRESETS = {
     "demo": (
         GPTConfig(block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
         TrainConfig(
-            preset="demo", data_dir=str(HERE / "demo" / "data"), out_dir=str(HERE / "demo" / "log"), overwrite=True,
+            preset="demo", data_dir=str(HERE / "demo" / "data"), out_dir=str(HERE / "demo" / "log"),
             max_steps=1000, total_batch_tokens=24 * 128, micro_batch=24, seq_len=128,
             optimizer="muon", lr=3e-3, warmup_steps=50, eval_interval=250, save_interval=500, sample_interval=250,
             prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none",
         ),
     ),
 }  # fmt: skip
+DEMO_SHARD_TOKENS = 250_000  # the first is for validation: 2% of the standard library
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -208,6 +209,19 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), mask)  # attention is where tokens talk to each other
         x = x + self.mlp(self.ln_2(x))  # the MLP is where each thinks for itself
         return x
+
+
+def check_is_gpt2(hf_config):
+    """Raise ValueError unless a Hugging Face config describes exactly the computation that GPT does."""
+    if hf_config.model_type != "gpt2":
+        raise ValueError(f"its model_type is {hf_config.model_type}")
+    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
+    for field, value in expected.items():
+        if getattr(hf_config, field, value) != value:
+            raise ValueError(f"its {field} is {getattr(hf_config, field)}, GPT-2's is {value}")
+    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
+        raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
 
 
 class GPT(nn.Module):
@@ -297,21 +311,21 @@ class GPT(nn.Module):
     TRANSPOSED = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 
     @classmethod
-    def from_pretrained(cls, name_or_folder):
+    def from_pretrained(cls, name_or_folder, flash=True):
         """A model with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, any other Hub name
         or any folder of a GPT2LMHeadModel, our checkpoints among them. Raises ConfigError for what is not to be had, is
         no GPT-2 or lacks weights.
         """
         from transformers import AutoConfig, GPT2LMHeadModel, logging  # takes seconds to import, so only here
 
-        logging.disable_progress_bar()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         try:
             hf_config = AutoConfig.from_pretrained(name_or_folder)
             check_is_gpt2(hf_config)
-            hf_model, loading = GPT2LMHeadModel.from_pretrained(
-                name_or_folder, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
+            options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            hf_model, loading = GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
+        except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason}") from None
         lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
@@ -319,7 +333,7 @@ class GPT(nn.Module):
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
         config = GPTConfig(
             block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size,
-            n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd,
+            n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd, flash=flash,
         )  # fmt: skip
         model = cls(config)
         state = hf_model.state_dict()
@@ -359,19 +373,6 @@ class GPT(nn.Module):
         (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
 
 
-def check_is_gpt2(hf_config):
-    """Raise ValueError unless a Hugging Face config describes exactly the computation that GPT does."""
-    if hf_config.model_type != "gpt2":
-        raise ValueError(f"its model_type is {hf_config.model_type}")
-    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
-    for field, value in expected.items():
-        if getattr(hf_config, field, value) != value:
-            raise ValueError(f"its {field} is {getattr(hf_config, field)}, GPT-2's is {value}")
-    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
-        raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
-
-
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 
@@ -380,10 +381,13 @@ class DataLoaderLite:
 
     All shards of a split are one stream of tokens. Row i of an epoch's unshuffled order is the T+1 tokens from i*T on
     (the last is the target of the one before), so rows cross shard borders and no token is dropped but the last partial
-    row. A shuffled epoch permutes the shards, then the rows that start in each: reads stay within one shard at a time.
+    row. A shuffled epoch permutes the shards, then the rows that start in a group of them of SHUFFLE_ROWS rows or one
+    shard more: reads stay local, and yet a corpus of small shards, each of a few documents, is well mixed.
     `position`, the number of rows that all processes together have consumed, is the loader's whole state.
     Raises fineweb.DataError for shards that are missing, broken or too short.
     """
+
+    SHUFFLE_ROWS = 65_536  # about a shard of FineWeb-Edu at T=1024
 
     def __init__(self, data_dir, split, B, T, rank=0, world_size=1, shuffle=True, seed=1337):
         self.B, self.T, self.rank, self.world_size, self.shuffle, self.seed = B, T, rank, world_size, shuffle, seed
@@ -400,27 +404,30 @@ class DataLoaderLite:
         # rows that start before each shard: shard k owns the rows first_row[k] … first_row[k+1]-1
         self.first_row = np.minimum(-(-self.starts // T), self.num_rows)
         self.position = 0
-        self._row_order = lru_cache(maxsize=2)(self._draw_row_order)  # two: a batch may straddle a shard border
-        self._shard_order = lru_cache(maxsize=2)(self._draw_shard_order)
+        self._groups = lru_cache(maxsize=2)(self._draw_groups)  # two: a batch may straddle a border
+        self._row_order = lru_cache(maxsize=2)(self._draw_row_order)
 
-    def _draw_shard_order(self, epoch):
+    def _draw_groups(self, epoch):
+        """An epoch's groups of shards, and the position within the epoch at which each begins."""
         # RandomState, not default_rng: its stream is frozen, so that a run can be repeated with any later numpy
         order = np.random.RandomState([self.seed, epoch]).permutation(len(self.shards))
-        return order, np.cumsum([0, *np.diff(self.first_row)[order]])
+        begins = np.cumsum([0, *np.diff(self.first_row)[order]])[:-1]
+        cuts = np.flatnonzero(np.diff(begins // self.SHUFFLE_ROWS)) + 1
+        return np.split(order, cuts), begins[[0, *cuts]]
 
-    def _draw_row_order(self, epoch, shard):
-        rows = self.first_row[shard + 1] - self.first_row[shard]
-        return np.random.RandomState([self.seed, epoch, shard]).permutation(rows)
+    def _draw_row_order(self, epoch, group):
+        shards = self._groups(epoch)[0][group]
+        rows = np.concatenate([np.arange(self.first_row[k], self.first_row[k + 1]) for k in shards])
+        return np.random.RandomState([self.seed, epoch, group]).permutation(rows)
 
     def _row_index(self, position):
         """Which row of the unshuffled order stands at this position of the endless sequence of epochs."""
         epoch, i = divmod(position, self.num_rows)
         if not self.shuffle:
             return i
-        order, bounds = self._shard_order(epoch)
-        place = int(np.searchsorted(bounds, i, side="right")) - 1
-        shard = int(order[place])
-        return int(self.first_row[shard] + self._row_order(epoch, shard)[i - bounds[place]])
+        begins = self._groups(epoch)[1]
+        group = int(np.searchsorted(begins, i, side="right")) - 1
+        return int(self._row_order(epoch, group)[i - begins[group]])
 
     def _read_tokens(self, start, out):
         """Fill out (n) from the stream's tokens start … start+n-1, across as many shards as they touch."""
@@ -439,7 +446,7 @@ class DataLoaderLite:
             shard += 1
 
     def rows(self, positions):
-        """The rows at these positions: inputs x and targets y, each (len(positions), T) int64."""
+        """The rows at these positions: inputs x and targets y, each (len(positions), T) int64, views of one tensor."""
         tokens = np.empty((len(positions), self.T + 1), dtype=np.uint16)
         for row, position in zip(tokens, positions):
             self._read_tokens(self._row_index(position) * self.T, row)
@@ -520,8 +527,16 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_rank0(self, value):
+        """Rank 0's value, on every process: it is waited for."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
 
 def pick_device(name):
+    """A device type by its flag. auto is the fastest one that is here."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -539,31 +554,30 @@ def pick_dtype(name, device_type):
     return torch.bfloat16 if any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
 
-def missing_compiler(device_type):
-    """What torch.compile lacks on this machine, or None."""
-    if device_type == "cuda" and find_spec("triton") is None:
-        return "the package triton"
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
-    if not any(compiler and shutil.which(compiler) for compiler in compilers):
-        return "a C++ compiler"
-    return None
+def compiler_error(device):
+    """Why torch.compile does not work on this machine, or None. Found out by compiling one line."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
+    except Exception as error:  # Inductor, Triton and the compilers that they call each have errors of their own
+        return str(error).strip().partition("\n")[0]
 
 
 def setup_runtime(config):
     """Join the other processes, if torchrun started several, and choose device, precision and compilation."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device_type = pick_device(config.device)
-    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)) if device_type == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device_type == "cuda" else device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    compile = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
-    lacking = missing_compiler(device_type) if compile else None
-    runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), compile and lacking is None)
-    if lacking:
-        runtime.print0(f"warning: torch.compile needs {lacking}, which is not here: running without it, only slower")
+        on_gpu = device_type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    wants_compile = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
+    error = compiler_error(device) if wants_compile else None
+    runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), wants_compile and not error)
+    if error:
+        runtime.print0(f"warning: torch.compile does not work here ({error}): running without it, more slowly")
     return runtime
 
 
@@ -578,6 +592,7 @@ def flops_per_token(config, T):
 
 
 def peak_flops(device):
+    """The device's peak in FLOP/s, or None where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
@@ -611,18 +626,18 @@ def load_hellaswag(config, encoding, block_size, runtime):
     """The rows to score, the same on every process; None where they are not wanted, not to be had or too long."""
     if config.hellaswag_file == "none" or encoding.name != "gpt2":
         return None
-    broadcast = [None]
+    rows = None
     if runtime.rank == 0:
         try:
             hellaswag.download(config.hellaswag_file)
             rows = hellaswag.load_rows(config.hellaswag_file)
             hellaswag.prepare(rows, encoding.encode_ordinary, block_size)
-            broadcast = [rows]
         except hellaswag.HellaSwagError as error:
+            if config.hellaswag_file != TrainConfig.hellaswag_file:
+                raise  # a file that was asked for
+            rows = None
             runtime.print0(f"training without HellaSwag: {error}")
-    if runtime.world_size > 1:
-        dist.broadcast_object_list(broadcast, device=runtime.device)
-    return broadcast[0]
+    return runtime.from_rank0(rows)
 
 
 def hellaswag_accuracy(raw_model, encoding, rows, runtime):
@@ -637,7 +652,8 @@ def hellaswag_accuracy(raw_model, encoding, rows, runtime):
 
 def print_samples(raw_model, encoding, config, runtime):
     prompt = torch.tensor(encoding.encode_ordinary(config.prompt), device=runtime.device)
-    generator = torch.Generator(runtime.device).manual_seed(42)  # its own, so that looking does not change the run
+    # a generator of its own, so that looking does not change the run
+    generator = torch.Generator(runtime.device).manual_seed(config.sample_seed)
     with runtime.autocast():
         rows = raw_model.generate(
             prompt.expand(config.num_samples, -1), config.max_new_tokens, generator=generator
@@ -663,16 +679,17 @@ def read_log(path):
     return streams
 
 
-# what OpenAI's models reach: GPT-2 124M's loss on the FineWeb-Edu validation shard and HellaSwag (build-nanogpt), GPT-3
-# 125M's HellaSwag (its paper)
+# what OpenAI's models reach: GPT-2 124M's loss on FineWeb-Edu's validation shard and its HellaSwag acc_norm (both from
+# build-nanogpt), and GPT-3 125M's HellaSwag (its paper)
 REFERENCES = {"val": {"GPT-2 124M": 3.2924}, "hella": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
 
 
-def draw_curve(out_dir, references=REFERENCES):
+def draw_curve(out_dir, manifest):
     """Draw log.txt's losses and, where it has them, HellaSwag accuracies into curve.png."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     log = read_log(Path(out_dir) / "log.txt")
+    on_fineweb_edu = "fineweb-edu" in manifest.get("source", "fineweb-edu")  # as is a folder without a manifest
     dots = {"lw": 2, "marker": "o", "ms": 4}
     panels = {"loss, nats per token": {"train": {"lw": 0.8, "alpha": 0.6}, "val": dots}}
     if "hella" in log:
@@ -682,7 +699,7 @@ def draw_curve(out_dir, references=REFERENCES):
         for stream, style in streams.items():
             if stream in log:
                 axes.plot(*log[stream], label=f"{stream}, last {log[stream][1][-1]:.4f}", **style)
-            for name, value in references.get(stream, {}).items():
+            for name, value in REFERENCES.get(stream, {}).items() if on_fineweb_edu else ():
                 dashes = "--" if "GPT-2" in name else ":"
                 axes.axhline(value, color="gray", lw=1, ls=dashes, label=f"{name}, {value:.3f}")
         axes.set(xlabel="step", ylabel=ylabel)
@@ -706,15 +723,20 @@ def save_checkpoint(out_dir, step, raw_model, encoding, training_state):
     raw_model.save_pretrained(temporary)
     fineweb.save_tokenizer(encoding, temporary, raw_model.config.block_size)
     torch.save(training_state, temporary / "training_state.pt")
-    for path in temporary.iterdir():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+    for path in [*temporary.iterdir(), temporary]:
+        flush_to_disk(path)
     os.replace(temporary, final)
-    if os.name == "posix":  # the new name, too, must outlive a power cut
-        folder = os.open(final.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    flush_to_disk(final.parent)
     return final
+
+
+def flush_to_disk(path):
+    """Make a file's bytes, or a folder's names, outlive a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows has no such call for folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def training_state(step, raw_model, optimizers, scaler, loader, config):
@@ -735,8 +757,9 @@ def start_out_dir(out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in ("log.txt", "curve.png"):
         (out_dir / name).unlink(missing_ok=True)
-    for folder in [*out_dir.glob("checkpoints/step_*"), *out_dir.glob("checkpoints/.step_*")]:
-        shutil.rmtree(folder)
+    for folder in out_dir.glob("checkpoints/*"):
+        if folder.is_dir() and re.fullmatch(r"\.?step_\d+", folder.name):
+            shutil.rmtree(folder)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -771,14 +794,14 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     # the one time a step that the host waits for the device
     loss, norm = torch.stack([runtime.sum_over_ranks(loss_sum) / runtime.world_size, norm]).tolist()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, config)
-        scaler.step(optimizer)
+        if math.isfinite(norm):  # else, as when float16 overflows, no optimizer may step: the norm is common to all
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss, norm
@@ -787,7 +810,6 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
 def evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, config, runtime):
     """Measure, print and log what is due at this step. model runs the fixed shape, raw_model the changing ones."""
     last_step = step == config.max_steps
-    raw_model.eval()
     if step % config.eval_interval == 0 or last_step:
         results = {"val": validation_loss(model, val_loader, config.val_tokens, runtime)}
         if hellaswag_rows:
@@ -795,17 +817,16 @@ def evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, confi
         runtime.print0(f"step {step:5d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in results.items()))
         if runtime.rank == 0:
             write_log(config.out_dir, step, **results)
-            draw_curve(config.out_dir, REFERENCES if encoding.name == "gpt2" else {})
+            draw_curve(config.out_dir, fineweb.read_manifest(config.data_dir))
     if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
         print_samples(raw_model, encoding, config, runtime)
-    raw_model.train()
 
 
 def load_model(model_config, encoding, config):
     """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
-    model = GPT.from_pretrained(config.init_from)
+    model = GPT.from_pretrained(config.init_from, flash=model_config.flash)
     if model.config.vocab_size != encoding.n_vocab:
         raise ConfigError(
             f"--init_from {config.init_from} knows {model.config.vocab_size} ids, the shards of {config.data_dir} have "
@@ -896,9 +917,20 @@ def config_errors(model_config, config):
     values = {**asdict(model_config), **asdict(config)}
     errors += [f"--{name} is {values[name]}: it must be above 0" for name in positive if not values[name] > 0]
     errors += [f"--{name} is {values[name]}: it must be 0 or more" for name in not_negative if not values[name] >= 0]
-    if errors:
-        return errors  # the arithmetic below needs these
-    c = config
+    if not errors:  # the arithmetic needs these
+        errors = relation_errors(model_config, config, world_size)
+    if not 0 <= config.min_lr_ratio <= 1:
+        errors.append(f"--min_lr_ratio is {config.min_lr_ratio}: it is a share of --lr, from 0 to 1")
+    if not 0 <= config.seed < 2**32:
+        errors.append(f"--seed is {config.seed}: it must be from 0 to 2**32 - 1")
+    if config.sample_interval and not config.prompt:
+        errors.append("--prompt is empty: samples need something to begin with (--sample_interval 0 turns them off)")
+    return errors + machine_errors(config, world_size) + file_errors(config)
+
+
+def relation_errors(model_config, config, world_size):
+    """Numbers that do not fit each other."""
+    errors, c = [], config
     if model_config.n_embd % model_config.n_head:
         errors.append(f"--n_embd {model_config.n_embd} is not a multiple of --n_head {model_config.n_head}")
     if c.seq_len > model_config.block_size and not c.init_from:
@@ -912,19 +944,11 @@ def config_errors(model_config, config):
     elif rows % c.micro_batch:
         fits = max(b for b in range(1, min(c.micro_batch, rows) + 1) if rows % b == 0)
         errors.append(f"--micro_batch {c.micro_batch} does not divide a process's {rows} rows of a batch: {fits} does")
-    if not 0 <= c.min_lr_ratio <= 1:
-        errors.append(f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1")
-    if not 0 <= c.seed < 2**32:
-        errors.append(f"--seed is {c.seed}: it must be from 0 to 2**32 - 1")
     if c.warmup_steps > c.max_steps > 0:
         errors.append(f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: lower the first")
     if c.val_tokens < c.seq_len:
         errors.append(f"--val_tokens {c.val_tokens} is less than one row of --seq_len {c.seq_len}")
-    if c.sample_interval and not c.prompt:
-        errors.append("--prompt is empty: samples need something to begin with (--sample_interval 0 turns them off)")
-    if c.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(c.hellaswag_file).is_file():
-        errors.append(f"--hellaswag_file {c.hellaswag_file} does not exist: without the flag it is downloaded")
-    return errors + machine_errors(c, world_size) + folder_errors(c)
+    return errors
 
 
 def machine_errors(config, world_size):
@@ -947,18 +971,33 @@ def machine_errors(config, world_size):
     return errors
 
 
-def folder_errors(config):
-    """What stands in the way in data_dir and out_dir."""
+def lacks_demo_shards(config):
+    """Whether the demo has yet to make its shards: nothing is there, or what an interrupted start has left."""
+    if config.preset != "demo":
+        return False
+    manifest = fineweb.read_manifest(config.data_dir)
+    interrupted = manifest.get("source") == "stdlib" and not manifest["finished"]
+    return interrupted or not fineweb.list_shards(Path(config.data_dir))
+
+
+def file_errors(config):
+    """What stands in the way in the files and folders that the configuration names."""
     errors = []
-    if config.preset != "demo" or Path(config.data_dir).exists():  # the demo makes its shards
-        try:
-            for split in ("train", "val"):
-                fineweb.find_shards(config.data_dir, split)
-        except fineweb.DataError as error:
-            errors.append(str(error))
-    out_dir = Path(config.out_dir)
+    try:
+        for split in () if lacks_demo_shards(config) else ("train", "val"):
+            fineweb.find_shards(config.data_dir, split)
+    except fineweb.DataError as error:
+        errors.append(str(error))
+    if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(config.hellaswag_file).is_file():
+        errors.append(f"--hellaswag_file {config.hellaswag_file} does not exist: without the flag it is downloaded")
+    out_dir = Path(config.out_dir).absolute()
+    existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to")
     if not config.overwrite and ((out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*"))):
         errors.append(f"{out_dir} holds a run: give --overwrite to delete it, or another --out_dir")
+    if config.overwrite and config.init_from and out_dir in Path(config.init_from).absolute().parents:
+        errors.append(f"--overwrite would delete --init_from {config.init_from}: give another --out_dir")
     return errors
 
 
@@ -975,9 +1014,12 @@ def parse_command_line(arguments):
         return model, training
 
     description = f"{inspect.cleandoc(__doc__).split('Shapes in')[0]}\nPresets: {', '.join(PRESETS)}"
-    return tyro.cli(
+    model_config, config = tyro.cli(
         configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )
+    if config.out_dir == PRESETS["demo"][1].out_dir:
+        config = replace(config, overwrite=True)  # the demo's own folder, where each run starts over
+    return model_config, config
 
 
 def main(arguments=None):
@@ -988,23 +1030,22 @@ def main(arguments=None):
         if errors:
             raise ConfigError("\n".join(errors))
         runtime = setup_runtime(config)
-        if config.preset == "demo" and runtime.rank == 0:
-            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=500_000, workers=1)
-        if runtime.world_size > 1:
-            dist.barrier()  # the shards are there
+        if runtime.rank == 0 and lacks_demo_shards(config):
+            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
+        runtime.from_rank0("the shards are there")
         train(model_config, config, runtime)
-    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError) as error:
-        # a configuration is wrong on all processes alike: one of them says so
-        if not (isinstance(error, ConfigError) and int(os.environ.get("RANK", 0))):
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: halve --micro_batch (the batch of an update stays the same)", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
+        # a configuration is wrong for all processes of a machine alike: one of them says so
+        if not (isinstance(error, ConfigError) and int(os.environ.get("LOCAL_RANK", 0))):
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    if runtime.world_size > 1:
+        dist.destroy_process_group()  # only after success: where a process has failed, the others would hang in it
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     main()

@@ -15,10 +15,10 @@ if (SHARED_DATA / "tiktoken").is_dir():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data; a test that needs it is skipped on a machine without it, but fails in CI."""
+    """The folder of real data; a test that needs it is skipped without it, unless GPT2_DATA says that it is there."""
     if not SHARED_DATA.is_dir():
         message = f"no real data at {SHARED_DATA} (GPT2_DATA names another place)"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        pytest.fail(message) if "GPT2_DATA" in os.environ else pytest.skip(message)
     return SHARED_DATA
 
 

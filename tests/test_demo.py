@@ -1,6 +1,7 @@
 """The demo as a newcomer runs it, and what it leaves behind. Minutes, so behind the marker `slow`."""
 
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -17,17 +18,18 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, run_script):
-    """A folder with the demo's own layout, and the finished process."""
-    folder = tmp_path_factory.mktemp("demo")
-    flags = ["--preset", "demo", "--data_dir", folder / "demo" / "data", "--out_dir", folder / "demo" / "log"]
-    done = run_script("train_gpt2.py", *flags, timeout=900)
+    """A copy of the scripts, and the demo as it ran there."""
+    folder = tmp_path_factory.mktemp("copy")
+    for script in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
+        shutil.copy(ROOT / script, folder)
+    done = run_script(folder / "train_gpt2.py", "--preset", "demo", timeout=900)
     assert done.returncode == 0, done.stderr
-    return folder, flags, done.stdout
+    return folder, done.stdout
 
 
 def test_demo_meets_its_figure(demo):
     """The demo must learn: 1.10 nats per byte or less over the whole validation split, with samples on the way."""
-    folder, _, stdout = demo
+    folder, stdout = demo
     log = read_log(folder / "demo" / "log" / "log.txt")
     assert log["val"][1][-1] <= 1.10
     assert stdout.count("sample 0:") >= 3 and stdout.count("def ") >= 3
@@ -61,12 +63,23 @@ def test_notebook_runs_on_the_demo(demo, monkeypatch):
         nbformat.write(notebook, Path(folder) / "play.ipynb")
 
 
+def test_an_interrupted_demo_makes_its_shards_anew(demo, run_script):
+    """Ctrl-C while the demo writes its shards must not leave it refusing to start."""
+    folder, _ = demo
+    manifest = folder / "demo" / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
+    (folder / "demo" / "data" / "edufineweb_train_000003.npy").unlink()
+    done = run_script(folder / "train_gpt2.py", "--preset", "demo", "--max_steps", 60)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "demo" / "data" / "edufineweb_train_000003.npy").exists()
+
+
 def test_a_second_demo_starts_over(demo, run_script):
     """Run again, the demo keeps its shards and begins a new run, without a flag."""
-    folder, flags, _ = demo
+    folder, _ = demo
     shard = folder / "demo" / "data" / "edufineweb_val_000000.npy"
     before = shard.stat().st_mtime_ns
-    done = run_script("train_gpt2.py", *flags, "--max_steps", 60)
+    done = run_script(folder / "train_gpt2.py", "--preset", "demo", "--max_steps", 60)
     assert done.returncode == 0, done.stderr
     assert shard.stat().st_mtime_ns == before
     assert read_log(folder / "demo" / "log" / "log.txt")["val"][0] == [0, 60]

@@ -93,7 +93,15 @@ def test_from_pretrained_refuses_what_is_not_gpt2(tmp_path):
     lacking = GPT2LMHeadModel(GPT2Config(**shape))
     state = {k: v for k, v in lacking.state_dict().items() if k != "transformer.h.0.mlp.c_fc.weight"}
     lacking.save_pretrained(tmp_path / "lacking", state_dict=state)
-    for folder, reason in (("relu", "activation"), ("llama", "llama"), ("lacking", "c_fc"), ("nothing", "nothing")):
+    whole = GPT2LMHeadModel(GPT2Config(**shape))
+    whole.save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    whole.save_pretrained(tmp_path / "longer")
+    config = tmp_path / "longer" / "config.json"
+    config.write_text(config.read_text().replace('"n_positions": 8', '"n_positions": 9'))
+    reasons = {"relu": "activation", "llama": "llama", "lacking": "c_fc", "cut": "cut", "longer": "wpe", "none": "none"}
+    for folder, reason in reasons.items():
         with pytest.raises(ConfigError, match=reason) as error:
             GPT.from_pretrained(str(tmp_path / folder))
         assert "\n" not in str(error.value)

@@ -114,17 +114,22 @@ def test_no_shards(run_script, tmp_path):
 def test_all_mistakes_at_once(run_script, tmp_path):
     """Every mistake of a configuration is named in one go, each on a line, before anything is made."""
     done = run_script(
-        "train_gpt2.py", "--device", "cpu", "--n_embd", 100, "--seq_len", 2048, "--total_batch_tokens", 8192,
-        "--micro-batch", 3, "--min_lr_ratio", 2, "--max_steps", 10, "--val_tokens", 5, "--dtype", "float16",
+        "train_gpt2.py", "--device", "cpu", "--n_embd", 100,
+        "--min_lr_ratio", 2, "--seed", -1, "--seq_len", 2048, "--total_batch_tokens", 8192,
+        "--micro-batch", 3, "--max_steps", 10, "--val_tokens", 5, "--dtype", "float16",
         "--data_dir", tmp_path / "none", "--out_dir", tmp_path / "out", "--hellaswag_file", tmp_path / "no.jsonl",
     )  # fmt: skip
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert all(line.startswith("error: ") for line in lines)
     for flag in ("n_embd 100", "seq_len 2048", "micro_batch 3", "min_lr_ratio", "warmup_steps 715", "val_tokens 5",
-                 "dtype float16", "no.jsonl", "fineweb.py"):  # fmt: skip
+                 "dtype float16", "no.jsonl", "fineweb.py", "seed"):  # fmt: skip
         assert any(flag in line for line in lines), flag
-    assert len(lines) == 9 and not any(tmp_path.iterdir())
+    assert len(lines) == 10 and not any(tmp_path.iterdir())
+    (tmp_path / "file").write_text("in the way")
+    flags = ["--lr", 0, "--n_layer", 0, "--data_dir", tmp_path / "none", "--out_dir", tmp_path / "file" / "out"]
+    lines = run_script("train_gpt2.py", "--device", "cpu", *flags).stderr.splitlines()
+    assert len(lines) == 4 and "out_dir" in lines[-1]
     unknown = run_script("train_gpt2.py", "--preset", "gpt4")
     assert unknown.returncode == 2 and unknown.stderr.startswith("error: --preset gpt4") and "demo" in unknown.stderr
 
@@ -184,11 +189,15 @@ def test_precision_by_device():
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
-def one_step(byte_shards, micro_batch, optimizer="adamw", wrap=lambda model: model):
+def one_step(byte_shards, micro_batch, optimizer="adamw", wrap=lambda model: model, optimizers=None, grad_clip=1.0):
     model = small_model()
-    config = TrainConfig(total_batch_tokens=8 * 16, micro_batch=micro_batch, seq_len=16, optimizer=optimizer, lr=1e-2)
+    config = TrainConfig(
+        total_batch_tokens=8 * 16, micro_batch=micro_batch, seq_len=16,
+        optimizer=optimizer, lr=1e-2, grad_clip=grad_clip,
+    )  # fmt: skip
     loader = DataLoaderLite(byte_shards, "train", micro_batch, 16)
-    optimizers = configure_optimizers(model, config)
+    optimizers = [] if optimizers is None else optimizers
+    optimizers += configure_optimizers(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     result = train_step(wrap(model), optimizers, scaler, loader, 800, config, CPU)
     return result, model
@@ -218,6 +227,24 @@ def test_step_clips_and_sets_the_rate(byte_shards):
     expected = before - get_lr(800, TrainConfig(lr=1e-2)) * before.grad.sign()
     torch.testing.assert_close(bias, expected, rtol=0, atol=1e-5)
     assert all(p.grad is None for p in model.parameters())
+    optimizers = []
+    (_, same_norm), model = one_step(byte_shards, 8, optimizers=optimizers, grad_clip=norm / 4)
+    assert same_norm == norm
+    momentum = optimizers[0].state[model.transformer.ln_f.bias]["exp_avg"]  # 0.1 of the clipped gradient
+    torch.testing.assert_close(momentum, 0.1 * before.grad / 4, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_nothing(byte_shards, optimizer):
+    """When float16 overflows, the one optimizer that sees it steps back and the other must not step on alone."""
+
+    def wrap(model):
+        model.transformer.wpe.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return model
+
+    (loss, norm), model = one_step(byte_shards, 8, optimizer, wrap)
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small_model().parameters()))
 
 
 def test_gradients_are_synchronized_once_a_step(byte_shards, tmp_path):
@@ -317,14 +344,20 @@ def test_a_run_is_not_overwritten(small_run, web_shards, run_script, tmp_path):
     """The original truncates the log at every start; here a run is deleted only on request, and it alone."""
     flags = [*SMALL, "--data_dir", web_shards, "--max_steps", 2, "--warmup_steps", 1, "--out_dir", tmp_path]
     assert run_script("train_gpt2.py", *flags).returncode == 0
-    (tmp_path / "notes.txt").write_text("mine")
+    for mine in ("notes.txt", "checkpoints/step_000001_mine.txt"):
+        (tmp_path / mine).write_text("mine")
     log = (tmp_path / "log.txt").read_text()
     refused = run_script("train_gpt2.py", *flags)
     assert refused.returncode == 2 and "--overwrite" in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert (tmp_path / "log.txt").read_text() == log
     assert run_script("train_gpt2.py", *flags, "--overwrite", "--max_steps", 1).returncode == 0
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-    assert read_log(tmp_path / "log.txt")["val"][0] == [0, 1] and (tmp_path / "notes.txt").exists()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_000001", "step_000001_mine.txt"] and (tmp_path / "notes.txt").exists()
+    assert read_log(tmp_path / "log.txt")["val"][0] == [0, 1]
+    own = run_script("train_gpt2.py", *flags, "--overwrite", "--init_from", tmp_path / "checkpoints" / "step_000001")
+    assert own.returncode == 2 and "--init_from" in own.stderr and (tmp_path / "checkpoints" / "step_000001").exists()
+    demo = run_script("train_gpt2.py", "--preset", "demo", "--out_dir", tmp_path, "--data_dir", tmp_path / "demo")
+    assert demo.returncode == 2 and "--overwrite" in demo.stderr and (tmp_path / "log.txt").exists()
 
 
 def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_path):
@@ -334,6 +367,8 @@ def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_pa
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^sample \d: The law", done.stdout, re.M)) == 4 * 4
     assert read_log(tmp_path / "log.txt")["train"] == read_log(small_run[0] / "log.txt")["train"]
+    states = [torch.load(out / "checkpoints" / "step_000020" / "training_state.pt") for out in (tmp_path, small_run[0])]
+    assert torch.equal(states[0]["rng"], states[1]["rng"])
 
 
 def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
@@ -359,11 +394,18 @@ def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, run_script, 
     assert read_log(tmp_path / "out" / "log.txt")["val"][0] == [0, 5]
 
 
-def test_hellaswag_in_training(web_shards, shared_data, run_script, tmp_path):
-    """HellaSwag is scored at every evaluation, with the counts of one process on two."""
+@pytest.fixture(scope="session")
+def hellaswag_rows(shared_data, tmp_path_factory):
+    """Forty real rows."""
+    file = tmp_path_factory.mktemp("hellaswag") / "rows.jsonl"
     rows = (shared_data / "hellaswag" / "hellaswag_val_600.jsonl").read_text().splitlines(keepends=True)[:40]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    flags = [*SMALL, "--data_dir", web_shards, "--block_size", 256, "--hellaswag_file", tmp_path / "rows.jsonl"]
+    file.write_text("".join(rows))
+    return file
+
+
+def test_hellaswag_in_training(web_shards, hellaswag_rows, run_script, tmp_path):
+    """HellaSwag is scored at every evaluation, with one process's counts on two, and by hellaswag.py afterwards."""
+    flags = [*SMALL, "--data_dir", web_shards, "--block_size", 256, "--hellaswag_file", hellaswag_rows]
     flags += ["--max_steps", 5, "--eval_interval", 5]
     logs = []
     for processes in (1, 2):
@@ -373,6 +415,12 @@ def test_hellaswag_in_training(web_shards, shared_data, run_script, tmp_path):
         logs.append(read_log(out / "log.txt")["hella"])
         assert logs[-1][0] == [0, 5] and all((40 * value) % 1 == pytest.approx(0, abs=1e-5) for value in logs[-1][1])
     assert logs[0] == logs[1]
+    scored = run_script("hellaswag.py", "--model", tmp_path / "1", "--file", hellaswag_rows, "--device", "cpu")
+    assert scored.returncode == 0 and f"acc_norm {logs[0][1][-1] * 40:.0f}/40 " in scored.stdout
+    damaged = tmp_path / "bad.jsonl"
+    damaged.write_text("{}")
+    bad = run_script("train_gpt2.py", *flags, "--hellaswag_file", damaged, "--out_dir", tmp_path / "bad")
+    assert bad.returncode == 2 and "bad.jsonl:1" in bad.stderr and not (tmp_path / "bad").exists()
 
 
 def test_trains_without_hellaswag_offline(web_shards, run_script, tmp_path):
@@ -399,18 +447,23 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path):
 def test_runs_without_a_compiler(web_shards, run_script, tmp_path):
     """--compile on, on a machine with no C++ compiler: a plain warning, and an eager run."""
     flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--compile", "on", "--max_steps", 5]
-    done = run_script("train_gpt2.py", *flags, PATH="/nowhere", CXX="")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # a warm one needs no compiler
+    done = run_script("train_gpt2.py", *flags, PATH="/nowhere", CXX="/nowhere/g++", **cache)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("warning: torch.compile needs a C++ compiler") == 1 and "eager" in done.stdout
+    assert done.stdout.count("warning: torch.compile does not work here") == 1 and "eager" in done.stdout
 
 
-def test_compiled_run(small_run, web_shards, run_script, tmp_path):
+def test_compiled_run(web_shards, hellaswag_rows, run_script, tmp_path):
     """The original turns compilation off because HellaSwag and sampling broke it; ours samples, scores and saves."""
-    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--compile", "on", "--sample_interval", 10]
-    done = run_script("train_gpt2.py", *flags)
+    flags = [*SMALL, "--data_dir", web_shards, "--block_size", 256]
+    compiled_flags = ["--compile", "on", "--sample_interval", 10, "--hellaswag_file", hellaswag_rows]
+    done = run_script("train_gpt2.py", *flags, *compiled_flags, "--out_dir", tmp_path)
     assert done.returncode == 0, done.stderr
+    assert len(read_log(tmp_path / "log.txt")["hella"][0]) == 3
     assert "compiled" in done.stdout and done.stdout.count("sample 0: Hello, I'm a language model,") == 2
-    eager, compiled = (read_log(out / "log.txt") for out in (small_run[0], tmp_path))
+    done = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "eager")
+    assert done.returncode == 0, done.stderr
+    eager, compiled = (read_log(out / "log.txt") for out in (tmp_path / "eager", tmp_path))
     assert compiled["train"][1] == pytest.approx(eager["train"][1], abs=1e-3)
     names = GPT.from_pretrained(tmp_path / "checkpoints" / "step_000020").state_dict()
     assert not any("_orig_mod" in name for name in names)
