@@ -13,6 +13,7 @@ Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd
 """
 
 import argparse
+import gc
 import inspect
 import json
 import math
@@ -151,7 +152,7 @@ PRESETS = {
             preset="demo", data_dir=str(HERE / "demo" / "data"), out_dir=str(HERE / "demo" / "log"),
             max_steps=1700, total_batch_tokens=16 * 128, micro_batch=16, seq_len=128,
             optimizer="muon", lr=0.014, min_lr_ratio=0.0, warmup_steps=50,
-            eval_interval=425, save_interval=850, sample_interval=425,
+            eval_interval=600, save_interval=600, sample_interval=600,
             prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none",
         ),
     ),
@@ -181,8 +182,9 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         else:
             visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if mask is None else mask
-            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5  # (B, nh, T, T)
-            y = F.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1) @ v  # (B, nh, T, hs)
+            hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, float("-inf"))
+            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5 + hidden  # (B, nh, T, T)
+            y = F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
@@ -772,9 +774,7 @@ def wrap_model(raw_model, runtime):
     model = torch.compile(raw_model, dynamic=False) if runtime.compile else raw_model
     if runtime.world_size > 1:
         device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-        model = DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     return model
 
 
@@ -1045,7 +1045,10 @@ def main(arguments=None):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     if runtime.world_size > 1:
-        dist.destroy_process_group()  # only after success: where a process has failed, the others would hang in it
+        # Only after success: where one process has failed, the others would hang here. DDP's reference cycles have to go
+        # first, for they keep gloo's threads alive, which would then abort the process as it exits.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

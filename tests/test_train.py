@@ -374,7 +374,7 @@ def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_pa
 
 def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
     """The original counts evaluation into tok/s; here most of the time is evaluation, and the steps do not show it."""
-    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--max_steps", 4, "--eval_interval", 1]
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--max_steps", 5, "--eval_interval", 1]
     start = time.perf_counter()
     done = run_script("train_gpt2.py", *flags, "--total_batch_tokens", 256, "--val_tokens", 10_000)
     seconds = time.perf_counter() - start
