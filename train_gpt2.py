@@ -1045,7 +1045,7 @@ def main(arguments=None):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     if runtime.world_size > 1:
-        # Only after success: where one process has failed, the others would hang here. DDP's reference cycles have to go
+        # Only after success: where one process has failed, the others would hang here. DDP's reference cycles must go
         # first, for they keep gloo's threads alive, which would then abort the process as it exits.
         gc.collect()
         dist.destroy_process_group()
