@@ -694,10 +694,9 @@ def draw_curve(out_dir, manifest):
 
     log = read_log(Path(out_dir) / "log.txt")
     on_fineweb_edu = "fineweb-edu" in manifest.get("source", "fineweb-edu")  # as is a folder without a manifest
-    dots = {"lw": 2, "marker": "o", "ms": 4}
-    panels = {"loss, nats per token": {"train": {"lw": 0.8, "alpha": 0.6}, "val": dots}}
+    panels = {"loss, nats per token": {"train": {"lw": 0.8, "alpha": 0.6}, "val": {"ls": "", "marker": "o", "ms": 6}}}
     if "hella" in log:
-        panels["HellaSwag acc_norm"] = {"hella": dots}
+        panels["HellaSwag acc_norm"] = {"hella": {"lw": 2, "marker": "o", "ms": 4}}
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     for axes, (ylabel, streams) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for stream, style in streams.items():
