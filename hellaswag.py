@@ -245,17 +245,20 @@ def load_model(name: str):
 def load_tokenizer(name: str, vocab_size: int):
     """A model's own tokenizer as (encode, decode), no special ids added; GPT-2's for 50,257 ids and no such files."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    if not os.path.isdir(name) or any(os.path.exists(os.path.join(name, file)) for file in files):
-        from transformers import AutoTokenizer
+    try:
+        if not os.path.isdir(name) or any(os.path.exists(os.path.join(name, file)) for file in files):
+            from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
-    if vocab_size != 50257:
-        raise HellaSwagError(f"--model {name}: no tokenizer files, and {vocab_size:,} ids are not GPT-2's 50,257")
-    import tiktoken
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
+        if vocab_size != 50257:
+            raise ValueError(f"no tokenizer files, and {vocab_size:,} ids are not GPT-2's 50,257")
+        import tiktoken
 
-    encoding = tiktoken.get_encoding("gpt2")
-    return encoding.encode_ordinary, encoding.decode
+        encoding = tiktoken.get_encoding("gpt2")
+        return encoding.encode_ordinary, encoding.decode
+    except Exception as error:  # of a broken file, of the hub, or of the download of GPT-2's vocabulary
+        raise HellaSwagError(f"--model {name}: cannot open its tokenizer: {one_line(error)}") from error
 
 
 def pick_device(name: str) -> str:

@@ -322,6 +322,7 @@ class GPT(nn.Module):
         """
         from transformers import AutoConfig, GPT2LMHeadModel, logging  # takes seconds to import, so only here
 
+        logging.set_verbosity_error()
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         try:
@@ -330,8 +331,7 @@ class GPT(nn.Module):
             options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
             hf_model, loading = GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
         except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason}") from None
+            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {hellaswag.one_line(error)}") from None
         lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
         if lacking:
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
@@ -541,9 +541,7 @@ class Runtime:
 
 def pick_device(name):
     """A device type by its flag. auto is the fastest one that is here."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return hellaswag.pick_device(name) if name == "auto" else name
 
 
 def pick_dtype(name, device_type):
@@ -563,7 +561,7 @@ def compiler_error(device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
     except Exception as error:  # Inductor, Triton and the compilers that they call each have errors of their own
-        return str(error).strip().partition("\n")[0]
+        return hellaswag.one_line(error)
 
 
 def setup_runtime(config):
@@ -693,7 +691,8 @@ def draw_curve(out_dir, manifest):
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     log = read_log(Path(out_dir) / "log.txt")
-    on_fineweb_edu = "fineweb-edu" in manifest.get("source", "fineweb-edu")  # as is a folder without a manifest
+    known = {"hella", "val"} if "fineweb-edu" in manifest.get("source", "") else {"hella"}
+    known = known if manifest["encoding"] == "gpt2" else set()  # a loss per GPT-2 token is no loss per byte
     panels = {"loss, nats per token": {"train": {"lw": 0.8, "alpha": 0.6}, "val": {"ls": "", "marker": "o", "ms": 6}}}
     if "hella" in log:
         panels["HellaSwag acc_norm"] = {"hella": {"lw": 2, "marker": "o", "ms": 4}}
@@ -702,7 +701,7 @@ def draw_curve(out_dir, manifest):
         for stream, style in streams.items():
             if stream in log:
                 axes.plot(*log[stream], label=f"{stream}, last {log[stream][1][-1]:.4f}", **style)
-            for name, value in REFERENCES.get(stream, {}).items() if on_fineweb_edu else ():
+            for name, value in REFERENCES[stream].items() if stream in known else ():
                 dashes = "--" if "GPT-2" in name else ":"
                 axes.axhline(value, color="gray", lw=1, ls=dashes, label=f"{name}, {value:.3f}")
         axes.set(xlabel="step", ylabel=ylabel)
@@ -869,6 +868,8 @@ def train(model_config, config, runtime):
         start = time.perf_counter()  # after the evaluation: tok/s is the speed of training alone
         loss, norm = train_step(model, optimizers, scaler, loader, step, config, runtime)
         report_step(step, loss, norm, time.perf_counter() - start, raw_model, config, runtime)
+        if not math.isfinite(loss):
+            raise ConfigError(f"the loss of step {step} is {loss}: lower --lr or lengthen --warmup_steps")
     runtime.print0(
         f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png\n"
         f"to read more of it: python sample.py --model {config.out_dir}"
@@ -991,13 +992,13 @@ def file_errors(config):
         errors.append(str(error))
     if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(config.hellaswag_file).is_file():
         errors.append(f"--hellaswag_file {config.hellaswag_file} does not exist: without the flag it is downloaded")
-    out_dir = Path(config.out_dir).absolute()
+    out_dir = Path(config.out_dir).resolve()
     existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to")
     if not config.overwrite and ((out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*"))):
         errors.append(f"{out_dir} holds a run: give --overwrite to delete it, or another --out_dir")
-    if config.overwrite and config.init_from and out_dir in Path(config.init_from).absolute().parents:
+    if config.overwrite and config.init_from and out_dir in Path(config.init_from).resolve().parents:
         errors.append(f"--overwrite would delete --init_from {config.init_from}: give another --out_dir")
     return errors
 
@@ -1018,7 +1019,7 @@ def parse_command_line(arguments):
     model_config, config = tyro.cli(
         configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )
-    if config.out_dir == PRESETS["demo"][1].out_dir:
+    if config.preset == "demo" and Path(config.out_dir).resolve() == Path(PRESETS["demo"][1].out_dir):
         config = replace(config, overwrite=True)  # the demo's own folder, where each run starts over
     return model_config, config
 
@@ -1028,6 +1029,8 @@ def main(arguments=None):
     try:
         model_config, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         errors = config_errors(model_config, config)
+        if errors and int(os.environ.get("LOCAL_RANK", 0)):
+            sys.exit(2)  # the machine's first process says why
         if errors:
             raise ConfigError("\n".join(errors))
         runtime = setup_runtime(config)
@@ -1039,9 +1042,7 @@ def main(arguments=None):
         print("error: out of GPU memory: halve --micro_batch (the batch of an update stays the same)", file=sys.stderr)
         sys.exit(2)
     except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
-        # a configuration is wrong for all processes of a machine alike: one of them says so
-        if not (isinstance(error, ConfigError) and int(os.environ.get("LOCAL_RANK", 0))):
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     if runtime.world_size > 1:
         # Only after success: where one process has failed, the others would hang here. DDP's reference cycles must go

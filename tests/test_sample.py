@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -47,3 +49,11 @@ def test_mistakes_are_one_line(run_folder, run_script, flags, reason):
     done = run_script("sample.py", "--model", run_folder, *flags, HF_HUB_OFFLINE="1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and reason in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_broken_tokenizer_is_named(run_folder, run_script, tmp_path):
+    """A cut tokenizer.json ends in one line, too."""
+    shutil.copytree(run_folder / "checkpoints" / "step_000010", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    done = run_script("sample.py", "--model", tmp_path / "model", "--device", "cpu")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "tokenizer" in done.stderr

@@ -355,7 +355,8 @@ def test_a_run_is_not_overwritten(small_run, web_shards, run_script, tmp_path):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_000001", "step_000001_mine.txt"] and (tmp_path / "notes.txt").exists()
     assert read_log(tmp_path / "log.txt")["val"][0] == [0, 1]
-    own = run_script("train_gpt2.py", *flags, "--overwrite", "--init_from", tmp_path / "checkpoints" / "step_000001")
+    source = tmp_path / "checkpoints" / ".." / "checkpoints" / "step_000001"
+    own = run_script("train_gpt2.py", *flags, "--overwrite", "--init_from", source)
     assert own.returncode == 2 and "--init_from" in own.stderr and (tmp_path / "checkpoints" / "step_000001").exists()
     demo = run_script("train_gpt2.py", "--preset", "demo", "--out_dir", tmp_path, "--data_dir", tmp_path / "demo")
     assert demo.returncode == 2 and "--overwrite" in demo.stderr and (tmp_path / "log.txt").exists()
@@ -370,6 +371,13 @@ def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_pa
     assert read_log(tmp_path / "log.txt")["train"] == read_log(small_run[0] / "log.txt")["train"]
     states = [torch.load(out / "checkpoints" / "step_000020" / "training_state.pt") for out in (tmp_path, small_run[0])]
     assert torch.equal(states[0]["rng"], states[1]["rng"])
+
+
+def test_a_diverged_run_stops(web_shards, run_script, tmp_path):
+    """A run whose loss is no number must not go on to its end and leave its weights as a finished model."""
+    done = run_script("train_gpt2.py", *SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--lr", 1e30)
+    assert done.returncode == 2 and done.stderr.startswith("error: the loss of step 1 is nan")
+    assert not list(tmp_path.glob("checkpoints/step_*")) and read_log(tmp_path / "log.txt")["train"][0] == [0, 1]
 
 
 def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
