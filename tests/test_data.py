@@ -101,7 +101,7 @@ def test_position_is_the_whole_state(corpus):
 
 
 def test_small_shards_are_mixed(tmp_path, make_shards):
-    """A shard of a few documents read by itself trains on those alone: the demo's loss was 1.43 instead of 1.09."""
+    """A shard of a few documents read by itself trains on those alone: 700 steps then ended at 1.43 instead of 1.18."""
     train = [np.arange(i * 100, i * 100 + 100) for i in range(50)]
     loader = DataLoaderLite(make_shards(tmp_path, {"val": [[1] * 99], "train": train}), "train", 1, T)
     loader.SHUFFLE_ROWS = 100
