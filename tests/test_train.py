@@ -462,6 +462,7 @@ def test_runs_without_a_compiler(web_shards, run_script, tmp_path):
     assert done.stdout.count("warning: torch.compile does not work here") == 1 and "eager" in done.stdout
 
 
+@pytest.mark.slow
 def test_compiled_run(web_shards, hellaswag_rows, run_script, tmp_path):
     """The original turns compilation off because HellaSwag and sampling broke it; ours samples, scores and saves."""
     flags = [*SMALL, "--data_dir", web_shards, "--block_size", 256]
