@@ -98,7 +98,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
 
     eval_interval: int = 250  # steps between evaluations (lecture)
-    val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (nanoGPT speedruns)
+    val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (modded-nanogpt)
     save_interval: int = 5000  # steps between checkpoints; the last step is always saved (lecture)
     sample_interval: int = 250  # steps between samples, 0 for none (lecture)
     prompt: str = "Hello, I'm a language model,"  # what the samples begin with (lecture)
@@ -653,6 +653,7 @@ def hellaswag_accuracy(raw_model, encoding, rows, runtime):
 
 
 def print_samples(raw_model, encoding, config, runtime):
+    """Print continuations of --prompt: the same draw each time, so that only the model's progress shows."""
     prompt = torch.tensor(encoding.encode_ordinary(config.prompt), device=runtime.device)
     # a generator of its own, so that looking does not change the run
     generator = torch.Generator(runtime.device).manual_seed(config.sample_seed)
