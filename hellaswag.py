@@ -207,14 +207,19 @@ def exact_fp32(device):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
+def list_checkpoints(out_dir) -> list[Path]:
+    """The complete checkpoints in an output folder of train_gpt2.py, oldest first."""
+    steps = [path for path in Path(out_dir).glob("checkpoints/step_*") if path.name[5:].isdigit()]  # a dot: unfinished
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
 def newest_checkpoint(model: str) -> str:
     """The newest checkpoint of an output folder of train_gpt2.py; a Hub name or a model folder stays as it is."""
     if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
         return model
-    steps = [path for path in Path(model).glob("checkpoints/step_*") if path.name[5:].isdigit()]  # a dot: unfinished
-    if not steps:
+    if not (steps := list_checkpoints(model)):
         raise HellaSwagError(f"--model {model}: the folder holds neither a config.json nor checkpoints/step_NNNNNN")
-    return str(max(steps, key=lambda path: int(path.name[5:])))
+    return str(steps[-1])
 
 
 def load_model(name: str):
