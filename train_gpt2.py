@@ -8,7 +8,7 @@ Train a GPT-2 from scratch: one file, read from top to bottom.
     python train_gpt2.py --help                               every flag
 
 or, from a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
-Exit codes: 2 for a mistake that a line on stderr names; 75 for a run that a signal stopped, saved and fit to be resumed.
+Exit codes: 2 for a mistake that a line on stderr names, 75 for a run that a signal stopped and --resume goes on with.
 
 Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd), nh heads (n_head), hs head size
 (C = nh * hs), V ids of the vocabulary.
@@ -545,6 +545,7 @@ def get_lr(step, config):
 
 
 EXIT_STOPPED = 75  # "try again" in the system's sysexits.h
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 
 
 class Stopped(Exception):
@@ -642,6 +643,27 @@ def compiler_error(device):
         return hellaswag.one_line(error)
 
 
+def fresh_store(rank):
+    """The key-value store through which the processes of this start find each other: rank 0 serves one of its own.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone (pytorch issue 167288).
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    torchruns = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        torchruns.set("port of rank 0", str(store.port))
+        return store
+    while True:
+        try:
+            port = int(torchruns.get("port of rank 0"))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+            store.set_timeout(TIMEOUT)
+            return store
+        except dist.DistNetworkError:
+            continue  # that port was of an earlier start: rank 0 is about to set its own
+
+
 def setup_runtime(config):
     """Join the other processes, if torchrun started several, and choose device, precision and compilation."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -655,9 +677,9 @@ def setup_runtime(config):
         # gloo beside NCCL, for what the processes agree on without waiting for their GPUs
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            device_id=device if on_gpu else None,
-            timeout=timedelta(minutes=10),  # without an answer from the others, before a process gives up
-        )
+            store=fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None,
+            rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device if on_gpu else None,
+        )  # fmt: skip
     wants_compile = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
     error = compiler_error(device) if wants_compile else None
     runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), wants_compile and not error)
@@ -1169,7 +1191,7 @@ def train(model_config, config, runtime):
     evaluated = runtime.from_rank0(open_out_dir(config.out_dir, resumed_step) if runtime.rank == 0 else None)
     del state, weights
 
-    with ThreadPoolExecutor(max_workers=1) as thread, runtime.stop:
+    with runtime.stop, ThreadPoolExecutor(max_workers=1) as thread:
         writer = CheckpointWriter(thread, config, run, resumed_step)
         try:
             for step in range(first_step, config.max_steps + 1):

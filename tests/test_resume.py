@@ -321,7 +321,7 @@ def test_second_signal_ends_at_once(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("largest", [100_000, 250_000])  # bytes: too few for the weights, or for the training state
+@pytest.mark.parametrize("largest", [100_000, 200_000])  # bytes: too few for the weights, or for the training state
 def test_failing_saves(interrupted, undisturbed, shards, tmp_path, run_script, largest):
     """A disk with no room: said at once, nothing half-written stays, the old checkpoint does, and training goes on."""
 
@@ -542,7 +542,7 @@ def test_a_poisoned_gradient_is_skipped(shards, tmp_path, processes):
     assert run.end() == 0, run.text
     log = read_log(out / "log.txt")
     assert log["skipped"] == ([3, 4, 7], [1, 2, 1]) and [s for s, n in zip(*log["norm"]) if np.isnan(n)] == [3, 4, 7]
-    assert np.isfinite(log["val"][1]).all() and log["val"][1][-1] < log["val"][1][0] - 1
+    assert np.isfinite(log["val"][1]).all() and log["val"][1][-1] < log["val"][1][0] - 0.5
     assert all(
         weight.isfinite().all() for weight in load_file(out / "checkpoints/step_000040/model.safetensors").values()
     )
