@@ -123,7 +123,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 def find_shards(data_dir: Path, split: str) -> list[Path]:
     """Return the shards of split "train" or "val", sorted by name. Reads no more of them than their headers.
 
-    Raises DataError if there are none, or where the folder is not what its manifest says.
+    Raises DataError if there are none, where one is not whole, or where the folder is not what its manifest says.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
@@ -131,7 +131,10 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
     again = f"`{prepare_command(manifest, data_dir)}`"
     if not manifest["finished"]:
         raise DataError(f"{data_dir} is unfinished: run {again}")
-    if listed is not None:
+    if listed is None:
+        for path in found:
+            open_shard(path)  # raises unless it is a whole one
+    else:
         for path in found:
             if path.name not in listed:
                 raise DataError(f"{path} is not in {data_dir / MANIFEST}: move it elsewhere")
@@ -147,8 +150,9 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
 
 
 def list_shards(data_dir: Path) -> list[Path]:
-    """Return every shard in a folder, sorted by name; none if the folder is not there."""
-    return sorted(path for path in data_dir.glob("*") if SHARD_NAME.match(path.name))
+    """Return every shard in a folder, sorted by name; none if the folder is not there. Raises OSError."""
+    # iterdir, since glob says nothing of a folder that it may not read
+    return sorted(path for path in data_dir.iterdir() if SHARD_NAME.match(path.name)) if data_dir.exists() else []
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -156,7 +160,7 @@ def open_shard(path: Path) -> np.ndarray:
 
     Raises DataError if the file is not a shard, or not a whole one.
     """
-    path = Path(path)
+    path, mend = Path(path), "fetch it again, or delete its folder and run fineweb.py again"
     if path.suffix == ".bin":
         magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3), 0, 0, 0]
         if (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
@@ -165,11 +169,15 @@ def open_shard(path: Path) -> np.ndarray:
             raise DataError(f"{path} does not hold the {tokens:,} tokens that its header says: fetch it again")
         return np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER)
     try:
-        shard = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({first_line(error)}): write or fetch it again") from error
+        shard = np.lib.format.open_memmap(path, mode="r")  # np.load would open a .npz of this name, too
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header: ValueError, TypeError, OverflowError, TokenError, …
+        raise DataError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
         raise DataError(f"{path} is no token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
+    if path.stat().st_size != shard.offset + shard.nbytes:
+        raise DataError(f"{path} is longer than the {shard.size:,} tokens that its header says: {mend}")
     return shard
 
 
@@ -444,7 +452,10 @@ def prepare(
     if shard_tokens < 1:
         raise DataError(f"--shard_tokens {shard_tokens}: give at least 1")
     if max_tokens is not None and max_tokens <= shard_tokens:
-        raise DataError(f"--max_tokens {max_tokens} fill no more than the validation shard: lower --shard_tokens")
+        mend = f"give more than --shard_tokens {shard_tokens}, or lower that"
+        raise DataError(f"--max_tokens {max_tokens} fill no more than the validation shard: {mend}")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers}: give at least 1")
     before = read_manifest(out_dir)
     texts, revision = open_source(source, before.get("revision") if before.get("source") == source else None)
     settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
@@ -471,7 +482,8 @@ def main() -> None:
     try:
         tyro.cli(prepare, use_underscores=True)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        mend = ": check --out_dir" if isinstance(error, OSError) else ""  # of a source it would be a DataError
+        print(f"error: {error}{mend}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -740,8 +740,7 @@ def load_hellaswag(config, encoding, block_size, runtime):
     rows = None
     if runtime.rank == 0:
         try:
-            hellaswag.download(config.hellaswag_file)
-            rows = hellaswag.load_rows(config.hellaswag_file)
+            rows = hellaswag.find_rows(config.hellaswag_file)
             hellaswag.prepare(rows, encoding.encode_ordinary, block_size)
         except hellaswag.HellaSwagError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
@@ -1275,6 +1274,7 @@ def config_errors(model_config, config):
     values = {**asdict(model_config), **asdict(config)}
     errors += [f"--{name} is {values[name]}: it must be above 0" for name in positive if not values[name] > 0]
     errors += [f"--{name} is {values[name]}: it must be 0 or more" for name in not_negative if not values[name] >= 0]
+    errors += [f"--{name} is inf: it must be finite" for name in positive + not_negative if values[name] == math.inf]
     if not errors:  # the arithmetic needs these
         errors = relation_errors(model_config, config, world_size)
     if not 0 <= config.min_lr_ratio <= 1:
@@ -1353,15 +1353,19 @@ def file_errors(config):
             fineweb.find_shards(config.data_dir, split)
     except fineweb.DataError as error:
         errors.append(str(error))
+    except OSError as error:
+        errors.append(f"--data_dir cannot be read ({error}): change its permissions, or name another folder")
     if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(config.hellaswag_file).is_file():
         errors.append(f"--hellaswag_file {config.hellaswag_file} does not exist: without the flag it is downloaded")
     out_dir = Path(config.out_dir).resolve()
-    existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to")
-    holds_a_run = (out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*"))
-    if holds_a_run and not (config.overwrite or config.resume):
-        errors.append(f"{out_dir} holds a run: give --resume to go on, --overwrite to delete it, or another --out_dir")
+    existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False where it is hidden
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        mend = "change its permissions, or name another folder"
+        errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to: {mend}")
+    elif (out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*")):
+        if not (config.resume or config.overwrite):
+            way_out = "give --resume to go on, --overwrite to delete it, or another --out_dir"
+            errors.append(f"{out_dir} holds a run: {way_out}")
     if config.overwrite and config.init_from and out_dir in Path(config.init_from).resolve().parents:
         errors.append(f"--overwrite would delete --init_from {config.init_from}: give another --out_dir")
     return errors
