@@ -998,7 +998,7 @@ def check_resumable(state, model_config, config, data):
     errors, here = [], f"the run in {config.out_dir}"
     before, now = state["config"], asdict(config) | ({} if config.init_from else asdict(model_config))
     for name in sorted(now.keys() & before.keys() - CHANGEABLE):
-        if now[name] != before[name] and (name in UNCHANGEABLE or name not in config.override):
+        if now[name] != before[name] and name not in config.override:
             way_out = "start another --out_dir" if name in UNCHANGEABLE else f"allow it with --override {name}"
             errors.append(f"--{name} is {now[name]}, {here} has {before[name]}: give that, or {way_out}")
     before = state["data"]
