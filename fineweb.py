@@ -46,16 +46,14 @@ SHARD_TOKENS = 100_000_000
 END_OF_TEXT = "<|endoftext|>"
 MANIFEST_NAME = re.compile(r"manifest(_node\d+)?\.json")
 SETTINGS = ("encoding", "vocab_size", "source", "revision", "shard_tokens", "max_tokens", "nodes")
-NO_MANIFEST = {"encoding": "gpt2", "vocab_size": 50257, "source": "", "revision": None, "shard_tokens": None}
-NO_MANIFEST |= {"max_tokens": None, "nodes": 1, "node": 0, "documents": 0, "tokens": 0, "shards": None}
-NO_MANIFEST |= {"finished": True}
+NO_MANIFEST = dict.fromkeys(SETTINGS) | {"encoding": "gpt2", "vocab_size": 50257, "source": "", "nodes": 1}
+NO_MANIFEST |= {"documents": 0, "tokens": 0, "shards": None, "finished": True}
 SHARD_NAME = re.compile(r"[^./][^/]*_(train|val)(?:_node\d+)?(?:_(\d+))?\.(npy|bin)$")  # and llm.c's, modded-nanogpt's
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the header's bytes
 SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")  # name or org/name, :config
-TASK_BYTES = 2**20  # of text that a worker gets at a time: some 40 ms of its time, and little to hold in memory
+TASK_CHARACTERS = 2**20  # that a worker gets at a time: some 40 ms of its time, and little to hold in memory
 ROW_GROUP_BYTES = 2**25  # of text in a parquet file's row group, up to which a worker takes it as it is
-DOWNLOADS = 4  # at a time
 
 
 class DataError(ValueError):
@@ -194,26 +192,29 @@ def read_manifest(data_dir: Path) -> dict:
     Raises DataError if one is damaged, or if they are of different runs.
     """
     paths = sorted(path for path in Path(data_dir).glob("manifest*") if MANIFEST_NAME.fullmatch(path.name))
-    manifests = []
-    for path in paths:
-        try:
-            manifests.append(json.loads(path.read_bytes()))
-        except ValueError:
-            manifests.append(None)
-        required = {"encoding", "vocab_size", "finished", "shards"}
-        if not isinstance(manifests[-1], dict) or not required <= manifests[-1].keys():
-            raise DataError(f"{path} is damaged: delete {data_dir} and run fineweb.py again")
-    together = NO_MANIFEST | (manifests[0] if manifests else {})
-    for path, manifest in zip(paths[1:], manifests[1:]):
-        differing = [key for key in SETTINGS if manifest.get(key) != together[key]]
-        if differing:
-            mend = "delete what is not of this run"
-            raise DataError(f"{path} and {paths[0].name} are of different runs ({', '.join(differing)} differ): {mend}")
-        for key in ("documents", "tokens", "shards"):
-            together[key] = together[key] | manifest[key] if key == "shards" else together[key] + manifest[key]
-        together["finished"] &= manifest["finished"]
-    together["finished"] &= len(manifests) in (0, together["nodes"])
-    return together
+    manifests = [NO_MANIFEST | load_manifest(path) for path in paths] or [NO_MANIFEST]
+    first = manifests[0]
+    for path, manifest in zip(paths, manifests):
+        if differing := [key for key in SETTINGS if manifest[key] != first[key]]:
+            reason = f"are of different runs ({', '.join(differing)}): delete what is not of this one"
+            raise DataError(f"{path} and {paths[0].name} {reason}")
+    if len(manifests) == first["nodes"] == 1:
+        return first
+    sums = {count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")}
+    shards = {name: entry for manifest in manifests for name, entry in manifest["shards"].items()}
+    finished = len(manifests) == first["nodes"] and all(manifest["finished"] for manifest in manifests)
+    return first | sums | {"shards": shards, "finished": finished}
+
+
+def load_manifest(path: Path) -> dict:
+    """Return what one manifest file says. Raises DataError if it is damaged."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not {"encoding", "vocab_size", "finished", "shards"} <= manifest.keys():
+        raise DataError(f"{path} is damaged: delete {path.parent} and run fineweb.py again")
+    return manifest
 
 
 def prepare_command(manifest: dict, out_dir: Path) -> str:
@@ -316,12 +317,12 @@ def file_tasks(paths: Iterable[str]) -> Iterator[Task]:
 
 
 def batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the texts in lists of some TASK_BYTES, and so in bounded memory."""
+    """Yield the texts in lists of TASK_CHARACTERS or a little more, and so in bounded memory."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= TASK_BYTES:
+        if size >= TASK_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -510,9 +511,15 @@ def manifest_path(out_dir: Path, node: int, nodes: int) -> Path:
     return out_dir / ("manifest.json" if nodes == 1 else f"manifest_node{node:03d}.json")
 
 
+def count(manifest: dict) -> None:
+    """Add up a manifest's shards."""
+    for key in ("documents", "tokens"):
+        manifest[key] = sum(entry.get(key, 0) for entry in manifest["shards"].values())
+
+
 def write_manifest(out_dir: Path, manifest: dict) -> None:
-    for count in ("documents", "tokens"):
-        manifest[count] = sum(entry[count] for entry in manifest["shards"].values())
+    count(manifest)
+    out_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(manifest_path(out_dir, manifest["node"], manifest["nodes"])) as file:
         file.write((json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -526,13 +533,14 @@ def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) ->
         name = f"edufineweb_{split}_node{node:03d}_{index:06d}.npy"
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
-    entry = {"tokens": tokens.size, "documents": count_documents(tokens, manifest["vocab_size"] - 1)}
+    documents = int(np.count_nonzero(tokens == manifest["vocab_size"] - 1))  # no text encodes to <|endoftext|>
     with atomic_write(out_dir / name) as file:
         digest = hashlib.sha256(header.getvalue())
         digest.update(tokens)
         file.write(header.getvalue())
         file.write(tokens)
-        manifest["shards"][name] = entry | {"sha256": digest.hexdigest(), "end": end}
+        entry = {"tokens": tokens.size, "documents": documents, "sha256": digest.hexdigest(), "end": end}
+        manifest["shards"][name] = entry
         write_manifest(out_dir, manifest)  # entered before it appears: a restart knows each file that is its own
     if not sys.stderr.isatty():  # where no progress bar is drawn
         print(f"{name}  {tokens.size:,} tokens", flush=True)
@@ -607,12 +615,15 @@ def go_on_from(out_dir: Path, settings: dict) -> dict:
         raise DataError(f"{out_dir} holds shards of other settings ({', '.join(differing)}): {mend}")
     manifest = settings | {"documents": 0, "tokens": 0, "shards": {}, "finished": False}
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
-    if not before["shards"] or not path.exists():
-        return manifest
-    earlier = json.loads(path.read_bytes())
-    whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
-    manifest["shards"] = dict(whole)
-    return earlier if len(manifest["shards"]) == len(earlier["shards"]) else manifest
+    if before["shards"] and path.exists():
+        earlier = load_manifest(path)
+        whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
+        manifest["shards"] = dict(whole)
+        manifest["finished"] = earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"])
+        count(manifest)
+    if manifest["finished"]:
+        print(f"{out_dir} is complete: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards")
+    return manifest
 
 
 def is_whole(path: Path, entry: dict) -> bool:
@@ -651,10 +662,8 @@ def prepare(
     settings |= {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "nodes": nodes, "node": node}
     manifest = go_on_from(out_dir, settings)
     if manifest["finished"]:
-        print(f"{out_dir} is complete: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards")
         return manifest
 
-    out_dir.mkdir(parents=True, exist_ok=True)
     write_manifest(out_dir, manifest)
     before = manifest["tokens"]
     tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
@@ -676,7 +685,7 @@ def cores() -> int:
     return min(max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 61)  # 61: Windows waits for no more
 
 
-# --- published shards -------------------------------------------------------------------------------------------------
+# --- published shards, and any ----------------------------------------------------------------------------------------
 
 
 def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = None) -> dict:
@@ -685,69 +694,57 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
     Takes the validation split and as many training shards, in order of name, as make up max_tokens; all without it.
     Each is held against the Hub's hash and its own header. Returns: the manifest. Raises: DataError.
     """
-    out_dir = Path(out_dir)
-    before = read_manifest(out_dir)
-    is_ours = (before.get("pretokenized"), before["source"], before["max_tokens"]) == (True, repo, max_tokens)
-    if is_ours and before["finished"] and all(is_whole(out_dir / name, e) for name, e in before["shards"].items()):
-        print(f"{out_dir} is complete: {before['tokens']:,} tokens in {len(before['shards'])} shards")
-        return before
-    info = hub_dataset(repo, revision=before["revision"] if is_ours else None, files_metadata=True)
-    chosen = choose_shards({file.rfilename: file.size for file in info.siblings}, repo, max_tokens)
-    for path in list_shards(out_dir):
-        if not is_ours or path.name not in chosen:
-            mend = "name another --out_dir, or delete this one"
-            raise DataError(f"{path} is already there, and not of this download: {mend}")
-    settings = {"encoding": "gpt2", "vocab_size": 50257, "source": repo, "pretokenized": True, "revision": info.sha}
-    manifest = NO_MANIFEST | settings | {"max_tokens": max_tokens, "shards": {}, "finished": False}
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir, before = Path(out_dir), read_manifest(out_dir)
+    pinned = before["revision"] if before["source"] == repo else None
+    info = None if pinned and before["finished"] else hub_dataset(repo, revision=pinned, files_metadata=True)
+    settings = NO_MANIFEST | {"source": repo, "pretokenized": True, "revision": info.sha if info else pinned}
+    manifest = go_on_from(out_dir, settings | {"max_tokens": max_tokens, "node": 0})
+    if manifest["finished"]:
+        return manifest
+    info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
+    chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
+    manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
     write_manifest(out_dir, manifest)
-    hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings}
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        download = functools.partial(fetch_shard, repo, info.sha, out_dir)
-        results = pool.map(download, chosen, [hashes[name] for name in chosen])
-        for name, entry in zip(chosen, tqdm(results, total=len(chosen), unit="shard", disable=None)):
-            manifest["shards"][name] = entry
+    with ThreadPoolExecutor(4) as pool:
+        entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
+        manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
     manifest["finished"] = True
     write_manifest(out_dir, manifest)
-    print(f"{manifest['tokens']:,} tokens, {len(chosen)} shards in {out_dir}")
+    print(f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(chosen)} shards in {out_dir}")
     return manifest
 
 
-def choose_shards(sizes: dict[str, int], repo: str, max_tokens: int | None) -> list[str]:
-    """Return which shards to fetch of a repository's files, given their bytes."""
-    by_split = {"val": [], "train": []}
-    for name in sorted(sizes):
-        if match := SHARD_NAME.fullmatch(name):
-            by_split[match[1]].append(name)
-    if not by_split["val"] or not by_split["train"]:
-        raise DataError(f"{repo} has no shards named like fineweb_train_000001.bin, or none of a split: check its name")
-    chosen, tokens = list(by_split["val"]), sum(sizes[name] // 2 for name in by_split["val"])
-    for name in by_split["train"]:
-        chosen.append(name)
-        tokens += sizes[name] // 2
-        if max_tokens is not None and tokens >= max_tokens:
-            break
-    return chosen
+def choose_shards(files: dict, repo: str, max_tokens: int | None) -> list:
+    """Return which of a repository's files to fetch: all for validation, then those that make up max_tokens."""
+    names = sorted((name for name in files if SHARD_NAME.fullmatch(name)), key=lambda name: ("_val" not in name, name))
+    starts = np.cumsum([0, *(files[name].size // 2 for name in names)])  # tokens before each
+    chosen = [name for name, start in zip(names, starts) if "_val" in name or start < (max_tokens or sys.maxsize)]
+    if len({SHARD_NAME.match(name)[1] for name in chosen}) < 2:
+        raise DataError(f"{repo} has no shards of both splits, named like fineweb_train_000001.bin: check its name")
+    return [files[name] for name in chosen]
 
 
-def fetch_shard(repo: str, revision: str, out_dir: Path, name: str, sha256: str | None) -> dict:
+def fetch_shard(repo: str, revision: str, out_dir: Path, file) -> dict:
     """Download a shard unless it is there, and return its entry in the manifest."""
     from huggingface_hub import hf_hub_download
 
-    path = out_dir / name
+    path = out_dir / file.rfilename
     try:
-        hf_hub_download(repo, name, repo_type="dataset", revision=revision, local_dir=out_dir)
+        hf_hub_download(repo, path.name, repo_type="dataset", revision=revision, local_dir=out_dir)
     except Exception as error:  # the hub's, its HTTP library's or the system's
         mend = "run the same command again: it keeps what is there and goes on"
-        raise DataError(f"{name} of {repo} cannot be downloaded ({first_line(error)}): {mend}") from error
-    tokens = open_shard(path)
-    entry = {"tokens": tokens.size, "documents": count_documents(tokens, 50256), "sha256": sha256_of(path)}
-    if sha256 not in (None, entry["sha256"]):
-        raise DataError(f"{path} is not what the Hub has (sha256 {entry['sha256'][:16]}…): delete it and run again")
+        raise DataError(f"{path.name} of {repo} cannot be downloaded ({first_line(error)}): {mend}") from error
+    entry = describe(path, 50256)
+    if file.lfs and file.lfs.sha256 != entry["sha256"]:
+        raise DataError(f"{path} has another sha256 than the Hub says: delete it and run the same command again")
     return entry
 
 
-# --- verifying --------------------------------------------------------------------------------------------------------
+def describe(path: Path, eot_token: int) -> dict:
+    """Return what a manifest says of a shard, read from the shard. Raises DataError if it is none."""
+    tokens = open_shard(path)
+    documents = int(np.count_nonzero(tokens == eot_token))  # no text encodes to it
+    return {"tokens": tokens.size, "documents": documents, "sha256": hashlib.sha256(np.memmap(path)).hexdigest()}
 
 
 def verify_shards(data_dir: Path) -> None:
@@ -756,28 +753,25 @@ def verify_shards(data_dir: Path) -> None:
     Checks hashes, lengths, that every token is in the vocabulary and that the stream begins with a document.
     Raises DataError if anything is wrong, after a line for each finding.
     """
-    manifest, paths = read_manifest(data_dir), list_shards(Path(data_dir))
+    data_dir, manifest = Path(data_dir), read_manifest(data_dir)
+    paths, listed = list_shards(data_dir), manifest["shards"]
     if not paths:
         raise DataError(f"no shards in {data_dir}: check --verify")
-    listed = manifest["shards"]
-    findings = [] if manifest["finished"] else [f"{data_dir} is unfinished"]
-    missing = (listed or {}).keys() - {path.name for path in paths}
-    findings += [f"{Path(data_dir, name)} is missing" for name in sorted(missing)]
-    documents = tokens = 0
+    names = [path.name for path in paths]
+    findings = [f"{data_dir / name} is missing" for name in listed or {} if name not in names]
+    findings += [] if manifest["finished"] else [f"{data_dir} is unfinished"]
+    counts = {"tokens": 0, "documents": 0}
     for path in tqdm(paths, unit="shard", disable=None):
-        entry = listed.get(path.name) if listed is not None else {}
-        if entry is None:
-            findings.append(f"{path} is not in the manifest")
-            continue
+        entry = {} if listed is None else listed.get(path.name)
         try:
-            shard = open_shard(path)
+            found = describe(path, manifest["vocab_size"] - 1)
         except DataError as error:
             findings.append(str(error))
             continue
-        counts = {"tokens": shard.size, "documents": count_documents(shard, manifest["vocab_size"] - 1)}
-        tokens, documents = tokens + counts["tokens"], documents + counts["documents"]
-        findings += [f"{path} {finding}" for finding in shard_findings(path, shard, entry, counts, manifest)]
-    splits = [SHARD_NAME.match(path.name)[1] for path in paths]
+        counts = {key: counts[key] + found[key] for key in counts}
+        findings += [f"{path} {finding}" for finding in shard_findings(path, found, entry, manifest["vocab_size"])]
+    tokens, documents = counts["tokens"], counts["documents"]
+    splits = [SHARD_NAME.match(name)[1] for name in names]
     print(f"{data_dir}: {tokens:,} tokens ({manifest['encoding']}), {documents:,} documents")
     print(f"shards              {len(paths):,} ({splits.count('val'):,} val, {splits.count('train'):,} train)")
     print(f"tokens per document {tokens / max(1, documents):,.1f}")
@@ -788,26 +782,18 @@ def verify_shards(data_dir: Path) -> None:
         raise DataError(f"{data_dir} has faults ({len(findings)}): {mend}")
 
 
-def shard_findings(path: Path, shard: np.ndarray, entry: dict, counts: dict, manifest: dict) -> Iterator[str]:
-    """Yield what is wrong with a shard that can be opened, `entry` being what the manifest says of it."""
-    for count, value in counts.items():
-        if entry.get(count, value) != value:
-            yield f"holds {value:,} {count}, and the manifest says {entry[count]:,}"
-    if entry and entry["sha256"] != sha256_of(path):
-        yield "has another sha256 than the manifest says"
-    if shard.max() >= manifest["vocab_size"]:
-        yield f"holds token id {shard.max()}, in a vocabulary of {manifest['vocab_size']:,}"
-    if int(SHARD_NAME.match(path.name)[2] or 0) == 0 and shard[0] != manifest["vocab_size"] - 1:
+def shard_findings(path: Path, found: dict, entry: dict | None, vocab_size: int) -> Iterator[str]:
+    """Yield what is wrong with a shard, given what is found in it and what the manifest says (None: nothing)."""
+    shard = open_shard(path)
+    if entry is None:
+        yield "is not in the manifest"
+    for key in (entry or {}).keys() & found.keys():
+        if entry[key] != found[key]:
+            yield f"holds {key} {found[key]}, and the manifest says {entry[key]}"
+    if shard.max() >= vocab_size:
+        yield f"holds token id {shard.max()}, in a vocabulary of {vocab_size:,}"
+    if int(SHARD_NAME.match(path.name)[2] or 0) == 0 and shard[0] != vocab_size - 1:
         yield f"begins a stream, and yet with token id {shard[0]} and not with <|endoftext|>"
-
-
-def count_documents(tokens: np.ndarray, eot_token: int) -> int:
-    """Return how many documents begin in a shard; no text encodes to the token that precedes each."""
-    return int(np.count_nonzero(tokens == eot_token))
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def finished(tmp_path):
 @pytest.mark.parametrize("shard_tokens", [700, 20_000])
 def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens, monkeypatch):
     """Guards document order across workers, documents longer than a shard (a crash in the original) and odd text."""
-    monkeypatch.setattr(fineweb, "TASK_BYTES", 1000)  # more tasks than are given out at a time, no two alike
+    monkeypatch.setattr(fineweb, "TASK_CHARACTERS", 1000)  # more tasks than are given out at a time, no two alike
     texts = [text for i in range(40) for text in (*TRICKY, f"document {i}")]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     manifest = prepare(source, tmp_path / "out", "bytes", shard_tokens=shard_tokens, workers=workers)
