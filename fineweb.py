@@ -363,9 +363,9 @@ def row_group_texts(task: RowGroup) -> Iterator[str | None]:
 def open_parquet(path: str):
     import pyarrow.parquet
 
-    # buffer_size: else iter_batches would hold a whole row group, however large. A name, and not a file of Python's,
-    # whose position the workers would share.
-    return pyarrow.parquet.ParquetFile(open_file(path) if path.startswith("hf://") else path, buffer_size=2**23)
+    # a name, not a file of Python's, whose position the workers would share
+    file = open_file(path) if path.startswith("hf://") else path
+    return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**23)  # else it holds a whole row group
 
 
 opened_parquet = functools.lru_cache(maxsize=2)(open_parquet)  # for one row group after another
@@ -511,14 +511,10 @@ def manifest_path(out_dir: Path, node: int, nodes: int) -> Path:
     return out_dir / ("manifest.json" if nodes == 1 else f"manifest_node{node:03d}.json")
 
 
-def count(manifest: dict) -> None:
-    """Add up a manifest's shards."""
-    for key in ("documents", "tokens"):
-        manifest[key] = sum(entry.get(key, 0) for entry in manifest["shards"].values())
-
-
 def write_manifest(out_dir: Path, manifest: dict) -> None:
-    count(manifest)
+    """Add up a manifest's shards, and write it."""
+    for count in ("documents", "tokens"):
+        manifest[count] = sum(entry.get(count, 0) for entry in manifest["shards"].values())
     out_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(manifest_path(out_dir, manifest["node"], manifest["nodes"])) as file:
         file.write((json.dumps(manifest, indent=2) + "\n").encode())
@@ -539,8 +535,8 @@ def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) ->
         digest.update(tokens)
         file.write(header.getvalue())
         file.write(tokens)
-        entry = {"tokens": tokens.size, "documents": documents, "sha256": digest.hexdigest(), "end": end}
-        manifest["shards"][name] = entry
+        counts = {"tokens": tokens.size, "documents": documents}
+        manifest["shards"][name] = counts | {"sha256": digest.hexdigest(), "end": end}
         write_manifest(out_dir, manifest)  # entered before it appears: a restart knows each file that is its own
     if not sys.stderr.isatty():  # where no progress bar is drawn
         print(f"{name}  {tokens.size:,} tokens", flush=True)
@@ -613,16 +609,15 @@ def go_on_from(out_dir: Path, settings: dict) -> dict:
     differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
     if before["shards"] and differing:
         raise DataError(f"{out_dir} holds shards of other settings ({', '.join(differing)}): {mend}")
-    manifest = settings | {"documents": 0, "tokens": 0, "shards": {}, "finished": False}
+    manifest = settings | {"shards": {}, "finished": False}
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
     if before["shards"] and path.exists():
         earlier = load_manifest(path)
         whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
         manifest["shards"] = dict(whole)
-        manifest["finished"] = earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"])
-        count(manifest)
-    if manifest["finished"]:
-        print(f"{out_dir} is complete: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards")
+        if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
+            print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
+            return earlier
     return manifest
 
 
@@ -651,14 +646,14 @@ def prepare(
     Returns: this node's manifest. Raises: DataError.
     """
     start, out_dir = time.time(), Path(out_dir)
-    tokenizer = get_encoding(encoding)
+    vocab_size = get_encoding(encoding).n_vocab
     if shard_tokens < 1:
         raise DataError(f"--shard_tokens {shard_tokens}: give at least 1")
     if max_tokens is not None and max_tokens // nodes <= shard_tokens:
         raise DataError(f"--max_tokens {max_tokens} fill no more than the validation shard: lower --shard_tokens")
     before = read_manifest(out_dir)
-    tasks, revision = open_source(source, before.get("revision") if before.get("source") == source else None)
-    settings = {"encoding": encoding, "vocab_size": tokenizer.n_vocab, "source": source, "revision": revision}
+    tasks, revision = open_source(source, before["revision"] if before["source"] == source else None)
+    settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
     settings |= {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "nodes": nodes, "node": node}
     manifest = go_on_from(out_dir, settings)
     if manifest["finished"]:
@@ -716,11 +711,14 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
 
 def choose_shards(files: dict, repo: str, max_tokens: int | None) -> list:
     """Return which of a repository's files to fetch: all for validation, then those that make up max_tokens."""
-    names = sorted((name for name in files if SHARD_NAME.fullmatch(name)), key=lambda name: ("_val" not in name, name))
-    starts = np.cumsum([0, *(files[name].size // 2 for name in names)])  # tokens before each
-    chosen = [name for name, start in zip(names, starts) if "_val" in name or start < (max_tokens or sys.maxsize)]
-    if len({SHARD_NAME.match(name)[1] for name in chosen}) < 2:
-        raise DataError(f"{repo} has no shards of both splits, named like fineweb_train_000001.bin: check its name")
+    splits = {name: SHARD_NAME.match(name)[1] for name in sorted(files) if SHARD_NAME.match(name)}
+    chosen = [name for name, split in splits.items() if split == "val"]
+    for name, split in splits.items():
+        if split == "train" and sum(files[name].size // 2 for name in chosen) < (max_tokens or sys.maxsize):
+            chosen.append(name)
+    if {splits[name] for name in chosen} != {"val", "train"}:
+        mend = "check its name, and raise --max_tokens if that is little"
+        raise DataError(f"{repo} has no shards of both splits, named like fineweb_train_000001.bin: {mend}")
     return [files[name] for name in chosen]
 
 

@@ -76,11 +76,11 @@ def kill_and_restart(corpus, out, kills, chance, longest):
     for killed in range(kills):
         command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, out), "--workers", chance.choice("123")]
         process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        written = len(list_shards(out))
+        written = len(list_shards(out)) if killed % 5 else -1  # a fifth of them while they start
         try:
             deadline = time.time() + 60
             while len(list_shards(out)) <= written and process.poll() is None and time.time() < deadline:
-                time.sleep(0.001)  # the time to start is spent: what is left goes into the moments of writing
+                time.sleep(0.001)
             process.wait(timeout=chance.uniform(0, longest))
             assert process.returncode == 0, process.stderr.read()
             return killed
@@ -89,17 +89,49 @@ def kill_and_restart(corpus, out, kills, chance, longest):
             process.wait()
         finally:
             process.stdout.close(), process.stderr.close()
-        with pytest.raises(DataError, match="is unfinished"):
+        if out.exists() and read_manifest(out)["finished"]:  # it was about to end by itself
+            return killed + 1
+        with pytest.raises(DataError, match="is unfinished" if out.exists() else "no train shards"):
             find_shards(out, "train")
     return kills
 
 
-@pytest.mark.parametrize("kills, longest", [(3, 0.1), pytest.param(40, 0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, longest", [(3, 0.1), pytest.param(60, 0.02, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(corpus, undisturbed, tmp_path, kills, longest):
     """Guards the restart: whatever moment, whatever --workers, nothing lost, nothing twice, manifest and all."""
-    assert kill_and_restart(corpus, tmp_path / "out", kills, random.Random(kills), longest) > 0
+    assert kill_and_restart(corpus, tmp_path / "out", kills, random.Random(kills), longest) > kills // 4
     prepare(str(corpus[0]), tmp_path / "out", "bytes", shard_tokens=SHARD_TOKENS, workers=2)
     assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_crash_at_each_rename_is_mended(finished, tmp_path, moment, capsys):
+    """Guards the order of shard and manifest: every state that the folder is ever in can be gone on from."""
+    undisturbed = folder_bytes(finished)
+    settings = {"source": str(finished.parent / "in.jsonl"), "encoding": "bytes", "shard_tokens": 1000, "workers": 1}
+    for crash in range(2 * 6 + 3):  # of 6 shards and 8 manifests; the last is none
+        out = tmp_path / str(crash)
+        if not (child := os.fork()):
+            rename, left = os.replace, iter(range(crash, -1, -1))
+
+            def replace(*paths, rename=rename, left=left):
+                is_last = next(left) == 0
+                if moment == "after" or not is_last:
+                    rename(*paths)
+                if is_last:
+                    os._exit(9)
+
+            os.replace = replace
+            try:
+                prepare(out_dir=out, **settings)
+            finally:
+                os._exit(8)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if crash < 14 else 8)
+        if crash < 13:
+            with pytest.raises(DataError, match="is unfinished|no train shards"):
+                find_shards(out, "train")
+        prepare(out_dir=out, **settings)
+        assert folder_bytes(out) == undisturbed
 
 
 def test_from_every_shard_on_the_rest_is_the_same(corpus, undisturbed, tmp_path):

@@ -418,6 +418,17 @@ def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
     assert texts_of(corpus / "b.txt") == expected[2:3]
 
 
+def test_a_large_row_group_is_read_in_pieces(tmp_path):
+    """Guards memory: many parquet files are one row group, and workers would each hold one with all its texts."""
+    texts = [f"{i} " + os.urandom(5000).hex() for i in range(6000)]
+    table = pa.table({"meta": [{"text": "no"}] * len(texts), "text": texts})
+    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10_000, use_dictionary=False)
+    before, tasks = pa.total_allocated_bytes(), fineweb.parquet_tasks(str(tmp_path / "a.parquet"))
+    first = next(tasks)
+    assert sum(map(len, first)) < 2e6 and pa.total_allocated_bytes() - before < 30e6
+    assert [text for task in (first, *tasks) for text in task] == texts
+
+
 def test_other_formats_are_streamed_by_datasets(tmp_path):
     """Guards what we have no reader for; `datasets` opens a folder as it opens the Hub."""
     (tmp_path / "train.csv").write_text("text,id\none,1\ntwo,2\n")
