@@ -5,10 +5,15 @@ Documents to token shards, the data that train_gpt2.py reads. This file owns the
     python fineweb.py --max_tokens 500_000_000                        # the first 5 shards of it
     python fineweb.py --source "corpus/*.jsonl" --out_dir my_data --shard_tokens 1_000_000
     python fineweb.py --source stdlib --encoding bytes --out_dir tiny --shard_tokens 500_000      # needs no network
+    python fineweb.py --pretokenized kjj0/fineweb10B-gpt2             # shards that others have published
+    python fineweb.py --verify edu_fineweb10B                         # every hash, length and token
+    srun --nodes 4 --ntasks-per-node 1 python fineweb.py              # or torchrun: each takes its share
 
 <|endoftext|> and a document, <|endoftext|> and the next: one stream of uint16 tokens, cut every --shard_tokens tokens
 into edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on, 1-D arrays as np.save writes them. The
-manifest.json beside them says their encoding, source, lengths and hashes, and whether the run finished.
+manifest.json beside them says their encoding, source, lengths and hashes, where in the source each ends, and whether
+the run finished; killed, and started again, it goes on after the last shard. A source is read as a list of tasks, which
+workers tokenize and the main process puts together in order.
 """
 
 import functools
@@ -135,7 +140,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 def find_shards(data_dir: Path, split: str) -> list[Path]:
     """Return the shards of split "train" or "val", sorted by name. Reads no more of them than their headers.
 
-    Raises DataError if there are none, or where the folder is not what its manifest says.
+    Raises DataError if there are none, where one is not whole, or where the folder is not what its manifest says.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
@@ -144,7 +149,10 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
     if not manifest["finished"]:
         where = f" on each of its {manifest['nodes']} nodes" if manifest["nodes"] > 1 else ""
         raise DataError(f"{data_dir} is unfinished: run {again}{where}")
-    if listed is not None:
+    if listed is None:
+        for path in found:
+            open_shard(path)  # raises unless it is a whole one
+    else:
         for path in found:
             if path.name not in listed:
                 raise DataError(f"{path} is not in {data_dir / 'manifest.json'}: move it elsewhere")
@@ -160,8 +168,9 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
 
 
 def list_shards(data_dir: Path) -> list[Path]:
-    """Return every shard in a folder, sorted by name; none if the folder is not there."""
-    return sorted(path for path in data_dir.glob("*") if SHARD_NAME.match(path.name))
+    """Return every shard in a folder, sorted by name; none if the folder is not there. Raises OSError."""
+    # iterdir, since glob says nothing of a folder that it may not read
+    return sorted(path for path in data_dir.iterdir() if SHARD_NAME.match(path.name)) if data_dir.exists() else []
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -169,7 +178,7 @@ def open_shard(path: Path) -> np.ndarray:
 
     Raises DataError if the file is not a shard, or not a whole one.
     """
-    path = Path(path)
+    path, mend = Path(path), "fetch it again, or delete its folder and run fineweb.py again"
     if path.suffix == ".bin":
         magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3), 0, 0, 0]
         if (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
@@ -178,11 +187,15 @@ def open_shard(path: Path) -> np.ndarray:
             raise DataError(f"{path} does not hold the {tokens:,} tokens that its header says: fetch it again")
         return np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER)
     try:
-        shard = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({first_line(error)}): write or fetch it again") from error
+        shard = np.lib.format.open_memmap(path, mode="r")  # np.load would open a .npz of this name, too
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header: ValueError, TypeError, OverflowError, TokenError, …
+        raise DataError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
         raise DataError(f"{path} is no token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
+    if path.stat().st_size != shard.offset + shard.nbytes:
+        raise DataError(f"{path} is longer than the {shard.size:,} tokens that its header says: {mend}")
     return shard
 
 
@@ -650,7 +663,10 @@ def prepare(
     if shard_tokens < 1:
         raise DataError(f"--shard_tokens {shard_tokens}: give at least 1")
     if max_tokens is not None and max_tokens // nodes <= shard_tokens:
-        raise DataError(f"--max_tokens {max_tokens} fill no more than the validation shard: lower --shard_tokens")
+        mend = f"give more than --shard_tokens {shard_tokens} for each node, or lower that"
+        raise DataError(f"--max_tokens {max_tokens} fill no more than the validation shard: {mend}")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers}: give at least 1")
     before = read_manifest(out_dir)
     tasks, revision = open_source(source, before["revision"] if before["source"] == source else None)
     settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
@@ -776,7 +792,8 @@ def verify_shards(data_dir: Path) -> None:
     print(f"end-of-text         {documents / max(1, tokens):.3%} of all tokens")
     print(*findings or ["no fault found"], sep="\n")
     if findings:
-        mend = f"delete what is damaged and run `{prepare_command(manifest, data_dir)}`"
+        again = f"run `{prepare_command(manifest, data_dir)}`" if manifest["source"] else "write or fetch it again"
+        mend = f"delete what is damaged and {again}"
         raise DataError(f"{data_dir} has faults ({len(findings)}): {mend}")
 
 
@@ -785,8 +802,8 @@ def shard_findings(path: Path, found: dict, entry: dict | None, vocab_size: int)
     shard = open_shard(path)
     if entry is None:
         yield "is not in the manifest"
-    for key in (entry or {}).keys() & found.keys():
-        if entry[key] != found[key]:
+    for key in found:
+        if entry and key in entry and entry[key] != found[key]:
             yield f"holds {key} {found[key]}, and the manifest says {entry[key]}"
     if shard.max() >= vocab_size:
         yield f"holds token id {shard.max()}, in a vocabulary of {vocab_size:,}"
@@ -848,7 +865,8 @@ def main() -> None:
     try:
         tyro.cli(run, use_underscores=True)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        mend = ": check --out_dir" if isinstance(error, OSError) else ""  # of a source it would be a DataError
+        print(f"error: {error}{mend}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)

@@ -49,8 +49,6 @@ class HellaSwagError(ValueError):
 
 def load_rows(path, limit=None) -> list[dict]:
     """Read the first `limit` rows of a jsonl file, or all. Raises HellaSwagError, naming file:line for a bad row."""
-    if limit is not None and limit < 1:
-        raise HellaSwagError(f"--limit {limit}: give a number above 0, or leave it out")
     rows, shape = [], 'an object with a text "ctx", four texts "endings" and a "label" of 0 to 3'
     try:
         with open(path, "rb") as file:
@@ -59,9 +57,9 @@ def load_rows(path, limit=None) -> list[dict]:
                     raise HellaSwagError(f"{path}:{number}: not a HellaSwag row, {shape}: mend or replace the file")
                 rows.append(row)
     except OSError as error:
-        raise HellaSwagError(f"{path}: {error.strerror}; without --file the official file is downloaded") from error
+        raise HellaSwagError(f"{path}: {error.strerror}; without the flag the official file is downloaded") from error
     if not rows:
-        raise HellaSwagError(f"{path}: the file is empty; without --file the official file is downloaded")
+        raise HellaSwagError(f"{path}: the file is empty; without the flag the official file is downloaded")
     return rows
 
 
@@ -98,6 +96,21 @@ def download(path, url=URL, timeout=10.0) -> None:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def find_rows(path, limit=None) -> list[dict]:
+    """load_rows, before which the official file, whose place is FILE, is downloaded if missing; it must be whole."""
+    if Path(path) != FILE:
+        return load_rows(path, limit)
+    download(FILE)
+    try:
+        rows = load_rows(FILE)
+    except HellaSwagError:  # an error page, or cut within a row
+        rows = []
+    if len(rows) != FULL_ROWS:
+        mend = "delete it, and it is downloaded again"
+        raise HellaSwagError(f"{FILE} is not the official file, which has {FULL_ROWS:,} rows: {mend}")
+    return rows[:limit]
 
 
 # --- the evaluation ---------------------------------------------------------------------------------------------------
@@ -207,14 +220,19 @@ def exact_fp32(device):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
+def list_checkpoints(out_dir) -> list[Path]:
+    """The complete checkpoints in an output folder of train_gpt2.py, oldest first."""
+    steps = [path for path in Path(out_dir).glob("checkpoints/step_*") if path.name[5:].isdigit()]  # a dot: unfinished
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
 def newest_checkpoint(model: str) -> str:
     """The newest checkpoint of an output folder of train_gpt2.py; a Hub name or a model folder stays as it is."""
     if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
         return model
-    steps = [path for path in Path(model).glob("checkpoints/step_*") if path.name[5:].isdigit()]  # a dot: unfinished
-    if not steps:
+    if not (steps := list_checkpoints(model)):
         raise HellaSwagError(f"--model {model}: the folder holds neither a config.json nor checkpoints/step_NNNNNN")
-    return str(max(steps, key=lambda path: int(path.name[5:])))
+    return str(steps[-1])
 
 
 def load_model(name: str):
@@ -293,10 +311,10 @@ def run(model: str = "gpt2", file: Path = FILE, limit: int | None = None, device
         limit: score the first rows only, so many of them.
         device: auto, cuda, mps or cpu; auto is the first of these that is here.
     """
+    if limit is not None and limit < 1:
+        raise HellaSwagError(f"--limit {limit}: give a number above 0, or leave it out")
     device, model = pick_device(device), newest_checkpoint(model)
-    if file == FILE:
-        download(file)
-    rows = load_rows(file, limit)
+    rows = find_rows(file, limit)
     note = "" if len(rows) == FULL_ROWS else f" (not all {FULL_ROWS:,}: do not compare with published figures)"
     print(f"{model} on {device}, {len(rows):,} rows of {file}{note}\n", flush=True)
 

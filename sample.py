@@ -5,6 +5,7 @@ Generate text from any GPT-2: one of Hugging Face's, or a checkpoint of ours.
     python sample.py --model gpt2 --prompt "In the beginning" --num_samples 2
 """
 
+import math
 import sys
 
 import torch
@@ -35,10 +36,16 @@ def run(
         seed: of the draw; the same seed gives the same samples
         device: auto, cuda, mps or cpu; auto is the first of these that is here
     """
-    if not prompt or num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 1:
-        raise ConfigError(
-            "--prompt, --num_samples, --max_new_tokens and --top_k must not be empty or 0, --temperature not negative"
-        )
+    counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
+    errors = [f"--{name} is {value}: it must be above 0" for name, value in counts.items() if value < 1]
+    if not prompt:
+        errors.append("--prompt is empty: samples need something to begin with")
+    if not 0 <= temperature < math.inf:
+        errors.append(f"--temperature is {temperature}: it must be 0 or more and finite")
+    if not 0 <= seed < 2**64:
+        errors.append(f"--seed is {seed}: it must be from 0 to 2**64 - 1")
+    if errors:
+        raise ConfigError("\n".join(errors))
     name = hellaswag.newest_checkpoint(model)
     device = hellaswag.pick_device(device)
     gpt = GPT.from_pretrained(name).to(device).eval()
@@ -57,7 +64,7 @@ def main():
     try:
         tyro.cli(run, use_underscores=True)
     except (ConfigError, hellaswag.HellaSwagError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,9 +4,11 @@ Train a GPT-2 from scratch: one file, read from top to bottom.
     python train_gpt2.py --preset demo                        a small model, on a CPU, in two minutes
     python train_gpt2.py                                      GPT-2 124M on one GPU (first: python fineweb.py)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run, the same batches, on eight
+    python train_gpt2.py --resume                             go on where an interrupted run was, or start
     python train_gpt2.py --help                               every flag
 
 or, from a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
+Exit codes: 2 for a mistake that a line on stderr names, 75 for a run that a signal stopped and --resume goes on with.
 
 Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd), nh heads (n_head), hs head size
 (C = nh * hs), V ids of the vocabulary.
@@ -14,6 +16,7 @@ Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd
 
 import argparse
 import gc
+import hashlib
 import inspect
 import json
 import math
@@ -21,20 +24,25 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
@@ -75,7 +83,9 @@ class TrainConfig:
     data_dir: str = str(fineweb.DATA_DIR)  # token shards, as fineweb.py writes them or as published .bin files
     out_dir: str = str(HERE / "log")  # where log.txt, curve.png and checkpoints/ go
     init_from: str | None = None  # Hugging Face name or model folder to train on from; its shape replaces the flags'
+    resume: bool = False  # go on from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = False  # delete the run that out_dir holds and start anew
+    override: tuple[str, ...] = ()  # flags that a resumed run may change, such as max_steps or lr
     seed: int = 1337  # of the initialization and the shuffle (lecture)
 
     max_steps: int = 19073  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
@@ -92,6 +102,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the whole gradient, 0 for no limit (GPT-3)
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # of AdamW (GPT-3)
     eps: ClassVar[float] = 1e-8  # of AdamW (GPT-3)
+    max_skipped_steps: ClassVar[int] = 20  # in a row, for a loss or norm that is not finite; float16 may skip a few
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 where it is native
@@ -100,6 +111,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations (lecture)
     val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (modded-nanogpt)
     save_interval: int = 5000  # steps between checkpoints; the last step is always saved (lecture)
+    keep_checkpoints: int = 5  # the newest so many stay (the lecture's run makes four)
     sample_interval: int = 250  # steps between samples, 0 for none (lecture)
     prompt: str = "Hello, I'm a language model,"  # what the samples begin with (lecture)
     num_samples: int = 4  # samples each time (lecture)
@@ -221,9 +233,9 @@ def check_is_gpt2(hf_config):
         raise ValueError(f"its model_type is {hf_config.model_type}")
     expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
-    for field, value in expected.items():
-        if getattr(hf_config, field, value) != value:
-            raise ValueError(f"its {field} is {getattr(hf_config, field)}, GPT-2's is {value}")
+    for name, value in expected.items():
+        if getattr(hf_config, name, value) != value:
+            raise ValueError(f"its {name} is {getattr(hf_config, name)}, GPT-2's is {value}")
     if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
         raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
 
@@ -290,13 +302,17 @@ class GPT(nn.Module):
             return logits, None
         return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
         """Continue each row of idx (B, T) by max_new_tokens sampled ids: returns (B, T + max_new_tokens).
 
         Only the top_k likeliest ids are drawn from (None for all); temperature 0 takes the likeliest. generator: a
         torch.Generator on idx's device. Does not stop at <|endoftext|>; beyond block_size the oldest tokens go unread.
         """
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+        """Yield the ids that generate appends, (B, 1) at a time, as they are drawn."""
         if temperature < 0 or (top_k is not None and top_k < 1) or idx.size(1) == 0:
             raise ValueError("generate needs a prompt of at least one token, temperature >= 0 and top_k >= 1 or None")
         for _ in range(max_new_tokens):
@@ -309,7 +325,7 @@ class GPT(nn.Module):
                 probabilities = F.softmax(likeliest / temperature, dim=-1)
                 next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))
             idx = torch.cat((idx, next_id), dim=1)
-        return idx
+            yield next_id
 
     # OpenAI's checkpoints, and so Hugging Face's folders, store these weights as (in, out), nn.Linear as (out, in)
     TRANSPOSED = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
@@ -340,32 +356,44 @@ class GPT(nn.Module):
             n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd, flash=flash,
         )  # fmt: skip
         model = cls(config)
-        state = hf_model.state_dict()
-        del state["lm_head.weight"]  # tied to wte
-        with torch.no_grad():
-            for name, weight in state.items():
-                ours = model.get_parameter(name)
-                if name == "transformer.wte.weight":
-                    ours[config.vocab_size :] = 0
-                    ours = ours[: config.vocab_size]
-                ours.copy_(weight.t() if cls.TRANSPOSED.search(name) else weight)
+        model.load_pretrained_weights(hf_model.state_dict())
         return model
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors (float32) into folder: what transformers opens as GPT2LMHeadModel."""
+    @torch.no_grad()
+    def load_pretrained_weights(self, weights):
+        """Copy in the tensors of a GPT2LMHeadModel of this shape: {name: tensor}, with lm_head.weight or without."""
+        for name, weight in weights.items():
+            if name == "lm_head.weight":
+                continue  # tied to wte
+            ours = self.get_parameter(name)
+            if name == "transformer.wte.weight":
+                ours[self.config.vocab_size :] = 0
+                ours = ours[: self.config.vocab_size]
+            ours.copy_(weight.t() if self.TRANSPOSED.search(name) else weight)
+
+    def pretrained_weights(self):
+        """Copies of the weights as GPT2LMHeadModel's file has them: {name: tensor}, float32, on the CPU."""
+        weights = {}
+        for name, weight in self.state_dict().items():
+            if name == "lm_head.weight":
+                continue  # tied to wte
+            if name == "transformer.wte.weight":
+                weight = weight[: self.config.vocab_size]
+            weight = weight.t() if self.TRANSPOSED.search(name) else weight
+            weights[name] = weight.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return weights
+
+    def save_pretrained(self, folder, weights=None):
+        """Write config.json and model.safetensors into folder: what transformers opens as GPT2LMHeadModel.
+
+        weights: pretrained_weights taken earlier; now, unless given.
+        """
         from safetensors.torch import save_file
 
         folder, config = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
-        state = {}
-        for name, weight in self.state_dict().items():
-            if name == "lm_head.weight":
-                continue  # tied to wte
-            weight = weight.detach().float().cpu()
-            if name == "transformer.wte.weight":
-                weight = weight[: config.vocab_size]
-            state[name] = (weight.t() if self.TRANSPOSED.search(name) else weight).contiguous()
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        weights = self.pretrained_weights() if weights is None else weights
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         hf_config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
             vocab_size=config.vocab_size, n_positions=config.block_size,
@@ -449,6 +477,14 @@ class DataLoaderLite:
             filled += len(piece)
             shard += 1
 
+    def fingerprint(self):
+        """{name of a shard: its length and a digest of its ends}: tells other data without reading all of it."""
+        digests = {}
+        for path, shard in zip(self.paths, self.shards):
+            ends = shard[:4096].tobytes() + shard[-4096:].tobytes()
+            digests[path.name] = f"{len(shard):,} tokens, {hashlib.sha256(ends).hexdigest()[:8]}"
+        return digests
+
     def rows(self, positions):
         """The rows at these positions: inputs x and targets y, each (len(positions), T) int64, views of one tensor."""
         tokens = np.empty((len(positions), self.T + 1), dtype=np.uint16)
@@ -508,6 +544,40 @@ def get_lr(step, config):
 # --- runtime: which process this is, and what it computes on ----------------------------------------------------------
 
 
+EXIT_STOPPED = 75  # "try again" in the system's sysexits.h
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
+
+
+class Stopped(Exception):
+    """A signal has asked the run to stop, and every process raises this at the same point."""
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGINT or SIGUSR1 while it is entered, for the run to stop where its state can be saved.
+
+    A second signal ends the process at once. One that comes within half a second is the first again: a scheduler may
+    signal torchrun and its processes, and torchrun then passes it on to them.
+    """
+
+    def __init__(self):
+        self.received, self.time = None, 0.0
+
+    def __enter__(self):
+        names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _):
+        if self.received and time.monotonic() - self.time > 0.5:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.time = signal.Signals(number).name, time.monotonic()
+
+
 @dataclass(frozen=True)
 class Runtime:
     rank: int
@@ -515,6 +585,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    stop: StopSignal = field(default_factory=StopSignal)
 
     def autocast(self):
         """Matrix products in dtype, sums and losses in float32; nothing at all for float32."""
@@ -530,6 +601,14 @@ class Runtime:
             tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
+
+    def raise_if_stopped(self):
+        """Raise Stopped on every process if any of them has received a signal: they meet here, on the CPU."""
+        stop = torch.tensor(self.stop.received is not None, dtype=torch.uint8)
+        if self.world_size > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if stop:
+            raise Stopped
 
     def from_rank0(self, value):
         """Rank 0's value, on every process: it is waited for."""
@@ -564,6 +643,27 @@ def compiler_error(device):
         return hellaswag.one_line(error)
 
 
+def fresh_store(rank):
+    """The key-value store through which the processes of this start find each other: rank 0 serves one of its own.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone (pytorch issue 167288).
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    torchruns = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        torchruns.set("port of rank 0", str(store.port))
+        return store
+    while True:
+        try:
+            port = int(torchruns.get("port of rank 0"))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+            store.set_timeout(TIMEOUT)
+            return store
+        except dist.DistNetworkError:
+            continue  # that port was of an earlier start: rank 0 is about to set its own
+
+
 def setup_runtime(config):
     """Join the other processes, if torchrun started several, and choose device, precision and compilation."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -574,7 +674,12 @@ def setup_runtime(config):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1:
         on_gpu = device_type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        # gloo beside NCCL, for what the processes agree on without waiting for their GPUs
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None,
+            rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device if on_gpu else None,
+        )  # fmt: skip
     wants_compile = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
     error = compiler_error(device) if wants_compile else None
     runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), wants_compile and not error)
@@ -607,11 +712,14 @@ def validation_loss(model, loader, val_tokens, runtime):
     """Mean loss in nats per token over the first val_tokens of the split (all of it, if it is smaller).
 
     The same tokens on every layout: what fills the last batch up is ignored, and the mean is over tokens, not batches.
+    Raises Stopped.
     """
     B, T = loader.B, loader.T
     rows = min(val_tokens // T, loader.num_rows)
     losses, counts = [], []
     for first in range(runtime.rank * B, rows, runtime.world_size * B):
+        if runtime.stop.received:
+            break
         x, y = loader.rows(range(first, first + B))
         y = y.clone()  # x and y are views of the same tokens
         y[rows - first :] = -100  # the rows past the end, which cross_entropy ignores
@@ -621,6 +729,7 @@ def validation_loss(model, loader, val_tokens, runtime):
         counts.append(min(B, rows - first) * T)
     losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
     total = (losses * torch.tensor(counts, dtype=torch.float64)).sum()
+    runtime.raise_if_stopped()
     return runtime.sum_over_ranks(total).item() / (rows * T)
 
 
@@ -631,8 +740,7 @@ def load_hellaswag(config, encoding, block_size, runtime):
     rows = None
     if runtime.rank == 0:
         try:
-            hellaswag.download(config.hellaswag_file)
-            rows = hellaswag.load_rows(config.hellaswag_file)
+            rows = hellaswag.find_rows(config.hellaswag_file)
             hellaswag.prepare(rows, encoding.encode_ordinary, block_size)
         except hellaswag.HellaSwagError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
@@ -643,11 +751,19 @@ def load_hellaswag(config, encoding, block_size, runtime):
 
 
 def hellaswag_accuracy(raw_model, encoding, rows, runtime):
-    """HellaSwag's acc_norm, completion style, over all rows."""
-    counts = hellaswag.evaluate(
-        raw_model.trunk, raw_model.head, encoding.encode_ordinary, rows, runtime.rank, runtime.world_size,
-        device=runtime.device, max_length=raw_model.config.block_size,
-    )  # fmt: skip
+    """HellaSwag's acc_norm, completion style, over all rows. Raises Stopped."""
+
+    def trunk(*inputs):
+        if runtime.stop.received:
+            raise Stopped
+        return raw_model.trunk(*inputs)
+
+    with suppress(Stopped):
+        counts = hellaswag.evaluate(
+            trunk, raw_model.head, encoding.encode_ordinary, rows, runtime.rank, runtime.world_size,
+            device=runtime.device, max_length=raw_model.config.block_size,
+        )  # fmt: skip
+    runtime.raise_if_stopped()
     total, correct_norm = runtime.sum_over_ranks(torch.tensor([counts.total, counts.correct_norm])).tolist()
     return correct_norm / total
 
@@ -657,11 +773,13 @@ def print_samples(raw_model, encoding, config, runtime):
     prompt = torch.tensor(encoding.encode_ordinary(config.prompt), device=runtime.device)
     # a generator of its own, so that looking does not change the run
     generator = torch.Generator(runtime.device).manual_seed(config.sample_seed)
+    tokens = [prompt.expand(config.num_samples, -1)]
     with runtime.autocast():
-        rows = raw_model.generate(
-            prompt.expand(config.num_samples, -1), config.max_new_tokens, generator=generator
-        ).tolist()
-    for i, row in enumerate(rows):
+        for next_ids in raw_model.stream(tokens[0], config.max_new_tokens, generator=generator):
+            if runtime.stop.received:
+                return
+            tokens.append(next_ids)
+    for i, row in enumerate(torch.cat(tokens, dim=1).tolist()):
         print(f"sample {i}: {encoding.decode(row)}", flush=True)
 
 
@@ -714,22 +832,28 @@ def draw_curve(out_dir, manifest):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out_dir, step, raw_model, encoding, training_state):
+def save_checkpoint(out_dir, raw_model, encoding, state, weights=None):
     """Write OUT/checkpoints/step_NNNNNN: a Hugging Face GPT-2 folder, and training_state.pt beside the weights.
 
     All is written under a name that begins with a dot and flushed to the disk before the folder gets its own name: a
-    folder that bears its final name is complete, whatever happens. Returns its path.
+    folder that bears its final name is complete, whatever happens. A save that fails leaves nothing. state: as
+    training_state gives it. weights: as pretrained_weights gave them; now, unless given. Returns the folder.
     """
-    final = Path(out_dir) / "checkpoints" / f"step_{step:06d}"
+    final = Path(out_dir) / "checkpoints" / f"step_{state['step']:06d}"
     temporary = final.with_name(f".{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    raw_model.save_pretrained(temporary)
-    fineweb.save_tokenizer(encoding, temporary, raw_model.config.block_size)
-    torch.save(training_state, temporary / "training_state.pt")
-    for path in [*temporary.iterdir(), temporary]:
-        flush_to_disk(path)
-    os.replace(temporary, final)
-    flush_to_disk(final.parent)
+    try:
+        raw_model.save_pretrained(temporary, weights)
+        fineweb.save_tokenizer(encoding, temporary, raw_model.config.block_size)
+        with open(temporary / "training_state.pt", "wb") as file:
+            torch.save(state, file)
+        for path in [*temporary.iterdir(), temporary]:
+            flush_to_disk(path)
+        os.replace(temporary, final)
+        for path in [final.parent, final.parent.parent]:
+            flush_to_disk(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -742,30 +866,213 @@ def flush_to_disk(path):
     os.close(descriptor)
 
 
-def training_state(step, raw_model, optimizers, scaler, loader, config):
+def training_state(step, skipped, run, config):
     """What training needs beside the weights to go on: plain tensors, numbers and dicts."""
     return {
         "step": step,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "scaler": scaler.state_dict(),
-        "loader": loader.position,
+        "skipped": skipped,
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "scaler": run.scaler.state_dict(),
+        "loader": run.loader.position,
         "rng": torch.get_rng_state(),
-        "config": {**asdict(raw_model.config), **asdict(config)},
+        "data": run.data,
+        "config": {**asdict(run.raw_model.config), **asdict(config)},
     }
 
 
-def start_out_dir(out_dir):
-    """Make the output folder, and delete the run in it if there is one: log, curve and checkpoints, nothing else."""
+def copy_to_cpu(value):
+    """Copies of all tensors in nested dicts and lists, which training goes on without changing."""
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [copy_to_cpu(inner) for inner in value]
+    return value
+
+
+class CheckpointWriter:
+    """Saves on a thread, from copies, so that training waits for these alone; one checkpoint at a time."""
+
+    def __init__(self, thread, config, run, newest_step):
+        self.thread, self.config, self.run, self.newest_step = thread, config, run, newest_step
+        self.last = None  # the future of the last save
+
+    def failed(self):
+        """Whether the last save is over and has failed. It has said so, and the older checkpoints are as they were."""
+        return self.last is not None and self.last.done() and self.last.exception() is not None
+
+    def save(self, step, skipped):
+        """Save the state at this step, unless the newest checkpoint is of it."""
+        if self.last:
+            self.last.exception()  # waits for its end
+        if step != self.newest_step or self.failed():
+            self.newest_step = step
+            state = copy_to_cpu(training_state(step, skipped, self.run, self.config))
+            self.last = self.thread.submit(self._write, self.run.raw_model.pretrained_weights(), state)
+
+    def finish(self):
+        """Wait for the last save. Raises ConfigError where it has failed."""
+        if self.last and self.last.exception():
+            raise ConfigError(
+                f"{self.config.out_dir} lacks the checkpoint of step {self.newest_step}: "
+                "mend what the error above says, and go on from the one before with --resume"
+            )
+
+    def _write(self, weights, state):
+        config, run = self.config, self.run
+        try:
+            if not all(weight.isfinite().all() for weight in weights.values()):
+                raise ConfigError("its weights are not finite")
+            folder = save_checkpoint(config.out_dir, run.raw_model, run.encoding, state, weights)
+            print(f"saved {folder}\n", end="", flush=True)  # a whole line at once, for training prints too
+            for folder in hellaswag.list_checkpoints(config.out_dir)[: -config.keep_checkpoints]:
+                delete_checkpoint(folder)
+        except Exception as error:  # of the system, of torch or of safetensors, each in its own way
+            reason = f"{hellaswag.one_line(error)}: the older checkpoints stay, the next evaluation tries again"
+            print(f"error: saving step {state['step']} failed, {reason}\n", end="", file=sys.stderr, flush=True)
+            raise
+
+
+def delete_checkpoint(folder):
+    """Delete a checkpoint, under another name: one that bears its own is complete even when this is cut short."""
+    doomed = folder.with_name(f".{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def lock_out_dir(out_dir):
+    """Make the output folder, and lock it for as long as this process lives, however it ends. Raises ConfigError."""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(out_dir) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+        return lock
+    except Timeout:
+        raise ConfigError(f"another run is writing to {out_dir}: wait for its end, or give another --out_dir") from None
+
+
+def load_checkpoint(out_dir, runtime):
+    """The newest checkpoint that can be read, as (training state, weights) on the CPU; (None, None) if there is none.
+
+    Those that cannot be read are named and set aside. Raises ConfigError where none can, or where the processes do not
+    see the same ones.
+    """
+    from safetensors.torch import load_file
+
+    state, weights, broken = None, None, []
+    for folder in reversed(hellaswag.list_checkpoints(out_dir)):
+        try:
+            saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+            if lacking := {"step", "skipped", "optimizers", "scaler", "loader", "rng", "data", "config"} - saved.keys():
+                raise ValueError(f"its training_state.pt lacks {min(lacking)}")
+            state, weights = saved, load_file(folder / "model.safetensors")
+            break
+        except Exception as error:  # of zip, pickle, safetensors or the system: whatever a broken file makes them raise
+            runtime.print0(f"warning: cannot resume from {folder}: {hellaswag.one_line(error)}")
+            broken.append(folder)
+    step = state and state["step"]
+    if runtime.from_rank0(step) != step:
+        raise ConfigError(f"the processes see different checkpoints in {out_dir}: it must be a folder that all share")
+    if broken and not state:
+        raise ConfigError(f"no checkpoint in {out_dir} can be read: start anew with --overwrite")
+    for folder in broken if runtime.rank == 0 else ():
+        aside = folder.with_name(f"{folder.name}.unreadable")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    return state, weights
+
+
+# What a resumed run may change at will: where and how it computes, and what it measures on the way. It may never change
+# what the saved tensors and the position in the data depend on, and the rest (rates, batch, data) only by --override.
+CHANGEABLE = frozenset(
+    "preset data_dir out_dir resume overwrite override micro_batch device dtype compile flash vocab_size eval_interval "
+    "val_tokens save_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens hellaswag_file".split()
+)
+UNCHANGEABLE = frozenset("block_size n_layer n_head n_embd seq_len optimizer".split())
+
+
+def check_resumable(state, model_config, config, data):
+    """Raise ConfigError with what a run would do differently from the one that it goes on from, a line for each."""
+    errors, here = [], f"the run in {config.out_dir}"
+    before, now = state["config"], asdict(config) | ({} if config.init_from else asdict(model_config))
+    for name in sorted(now.keys() & before.keys() - CHANGEABLE):
+        if now[name] != before[name] and (name in UNCHANGEABLE or name not in config.override):
+            way_out = "start another --out_dir" if name in UNCHANGEABLE else f"allow it with --override {name}"
+            errors.append(f"--{name} is {now[name]}, {here} has {before[name]}: give that, or {way_out}")
+    before = state["data"]
+    if data["encoding"] != before["encoding"]:
+        way_out = "give its --data_dir, or start another --out_dir"
+        errors.append(f"{config.data_dir} has {data['encoding']} tokens, {here} {before['encoding']} tokens: {way_out}")
+    elif "data_dir" not in config.override:
+        changed = sorted(name for name in data | before if data.get(name) != before.get(name))
+        for name in changed[:1]:
+            change = f"is {data.get(name, 'gone')}, {here} has had {before.get(name, 'no such shard')}"
+            others = f" ({len(changed) - 1} other shards differ too)" if changed[1:] else ""
+            way_out = "restore the data, or allow it with --override data_dir"
+            errors.append(f"{Path(config.data_dir, name)} {change}{others}: {way_out}")
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def restore(state, optimizers, scaler, loader):
+    """Put back what training needs beside the weights."""
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # the rates and decays of this run, which may have changed
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    loader.position = state["loader"]
+    torch.set_rng_state(state["rng"])
+
+
+def open_out_dir(out_dir, resumed_step):
+    """Rid the output folder of the run in it, or of what it holds from beyond the step that a run resumes at.
+
+    Touches log.txt, curve.png and checkpoints, nothing else. Returns whether the log has that step's evaluation.
+    """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    for unfinished in out_dir.glob("checkpoints/.step_*"):
+        shutil.rmtree(unfinished)
+    if resumed_step is not None:
+        return cut_log(out_dir / "log.txt", resumed_step)
     for name in ("log.txt", "curve.png"):
         (out_dir / name).unlink(missing_ok=True)
-    for folder in out_dir.glob("checkpoints/*"):
-        if folder.is_dir() and re.fullmatch(r"\.?step_\d+", folder.name):
-            shutil.rmtree(folder)
+    for folder in hellaswag.list_checkpoints(out_dir):
+        delete_checkpoint(folder)
+    return False
+
+
+def cut_log(path, step):
+    """Drop a log's lines from beyond the state at this step. Returns whether its evaluation is among the rest."""
+    kept, evaluated = [], False
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        number, stream, *_ = [*line.split(), "", ""]
+        evaluation = number == str(step) and stream in ("val", "hella")
+        if number.isdigit() and (int(number) < step or evaluation) and line.endswith("\n"):
+            kept.append(line)
+            evaluated |= evaluation
+    with fineweb.atomic_write(path) as file:
+        file.write("".join(kept).encode())
+    return evaluated
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """The parts of a training run."""
+
+    raw_model: GPT
+    model: nn.Module  # the same weights, to train through: see wrap_model
+    optimizers: list
+    scaler: torch.amp.GradScaler
+    loader: DataLoaderLite
+    val_loader: DataLoaderLite
+    data: dict  # what tells the data from other data
+    encoding: tiktoken.Encoding
+    hellaswag_rows: list | None
 
 
 def wrap_model(raw_model, runtime):
@@ -778,10 +1085,14 @@ def wrap_model(raw_model, runtime):
 
 
 def train_step(model, optimizers, scaler, loader, step, config, runtime):
-    """One update from the next global batch. Returns its mean loss (nats per token), and the gradient's norm."""
+    """One update from the next global batch. Returns its mean loss (nats per token), and the gradient's norm.
+
+    Where one of them is not finite, nothing is updated. Raises Stopped between micro-steps.
+    """
     grad_accum_steps = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
     loss_sum = torch.zeros((), device=runtime.device)
     for micro_step in range(grad_accum_steps):
+        runtime.raise_if_stopped()
         x, y = loader.next_batch()
         x, y = x.to(runtime.device), y.to(runtime.device)
         # gradients add up locally; only the last backward pass averages them over the processes
@@ -797,30 +1108,31 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     # the one time a step that the host waits for the device
-    loss, norm = torch.stack([runtime.sum_over_ranks(loss_sum) / runtime.world_size, norm]).tolist()
+    loss, norm = (runtime.sum_over_ranks(torch.stack([loss_sum, norm])) / runtime.world_size).tolist()
+    finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all processes
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, config)
-        if math.isfinite(norm):  # else, as when float16 overflows, no optimizer may step: the norm is common to all
+        if finite:  # else, as when float16 overflows, no optimizer may step
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss, norm
 
 
-def evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, config, runtime):
-    """Measure, print and log what is due at this step. model runs the fixed shape, raw_model the changing ones."""
+def evaluate(step, run, config, runtime):
+    """Measure, print and log what is due at this step. Raises Stopped, with nothing logged."""
     last_step = step == config.max_steps
     if step % config.eval_interval == 0 or last_step:
-        results = {"val": validation_loss(model, val_loader, config.val_tokens, runtime)}
-        if hellaswag_rows:
-            results["hella"] = hellaswag_accuracy(raw_model, encoding, hellaswag_rows, runtime)
+        results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
+        if run.hellaswag_rows:
+            results["hella"] = hellaswag_accuracy(run.raw_model, run.encoding, run.hellaswag_rows, runtime)
         runtime.print0(f"step {step:5d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in results.items()))
         if runtime.rank == 0:
             write_log(config.out_dir, step, **results)
             draw_curve(config.out_dir, fineweb.read_manifest(config.data_dir))
     if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
-        print_samples(raw_model, encoding, config, runtime)
+        print_samples(run.raw_model, run.encoding, config, runtime)
 
 
 def load_model(model_config, encoding, config):
@@ -841,69 +1153,110 @@ def load_model(model_config, encoding, config):
     return model
 
 
-def train(model_config, config, runtime):
-    """Run steps 0 … max_steps, each evaluated before it is updated, so that the last line is of the finished model."""
+def set_up(model_config, config, runtime, state, weights):
+    """The parts of a run: a new one's, or those of the checkpoint with this training state and these weights."""
     torch.manual_seed(config.seed)
     encoding = fineweb.get_encoding(fineweb.read_manifest(config.data_dir)["encoding"])
-    raw_model = load_model(model_config, encoding, config).to(runtime.device)
     layout = config.micro_batch, config.seq_len, runtime.rank, runtime.world_size
     loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed)
     val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False)
+    data = {"encoding": encoding.name, **val_loader.fingerprint(), **loader.fingerprint()}
+    if state:
+        check_resumable(state, model_config, config, data)
+        raw_model = GPT(GPTConfig(**{name: state["config"][name] for name in asdict(model_config)}))
+        raw_model.load_pretrained_weights(weights)
+    else:
+        raw_model = load_model(model_config, encoding, config)
+    raw_model.to(runtime.device)
     hellaswag_rows = load_hellaswag(config, encoding, raw_model.config.block_size, runtime)
     optimizers = configure_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    if state:
+        restore(state, optimizers, scaler, loader)
     model = wrap_model(raw_model, runtime)
-    runtime.print0(describe_run(raw_model, loader, config, runtime))
-    if runtime.rank == 0:
-        start_out_dir(config.out_dir)
+    return Run(raw_model, model, optimizers, scaler, loader, val_loader, data, encoding, hellaswag_rows)
 
-    for step in range(config.max_steps + 1):
-        last_step = step == config.max_steps
-        evaluate(step, model, raw_model, val_loader, encoding, hellaswag_rows, config, runtime)
-        if runtime.rank == 0 and (last_step or (step > 0 and step % config.save_interval == 0)):
-            state = training_state(step, raw_model, optimizers, scaler, loader, config)
-            checkpoint = save_checkpoint(config.out_dir, step, raw_model, encoding, state)
-            print(f"saved {checkpoint}", flush=True)
-        if last_step:
-            break
-        start = time.perf_counter()  # after the evaluation: tok/s is the speed of training alone
-        loss, norm = train_step(model, optimizers, scaler, loader, step, config, runtime)
-        report_step(step, loss, norm, time.perf_counter() - start, raw_model, config, runtime)
-        if not math.isfinite(loss):
-            raise ConfigError(f"the loss of step {step} is {loss}: lower --lr or lengthen --warmup_steps")
+
+def train(model_config, config, runtime):
+    """Run steps 0 … max_steps, each evaluated before it is updated, so that the last line is of the finished model.
+
+    Raises Stopped once a signal has come and the state is saved, and ConfigError.
+    """
+    state, weights = load_checkpoint(config.out_dir, runtime) if config.resume else (None, None)
+    run = set_up(model_config, config, runtime, state, weights)
+    first_step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
+    resumed_step = first_step if state else None
+    runtime.print0(describe_run(run, config, runtime, resumed_step))
+    evaluated = runtime.from_rank0(open_out_dir(config.out_dir, resumed_step) if runtime.rank == 0 else None)
+    del state, weights
+
+    with runtime.stop, ThreadPoolExecutor(max_workers=1) as thread:
+        writer = CheckpointWriter(thread, config, run, resumed_step)
+        try:
+            for step in range(first_step, config.max_steps + 1):
+                last_step, position = step == config.max_steps, run.loader.position
+                if not (evaluated and step == first_step):
+                    evaluate(step, run, config, runtime)
+                retry = writer.failed() and step % config.eval_interval == 0
+                if runtime.rank == 0 and (last_step or retry or (step > 0 and step % config.save_interval == 0)):
+                    writer.save(step, skipped)
+                if last_step:
+                    break
+                start = time.perf_counter()  # after evaluation and saving: tok/s is the speed of training alone
+                loss, norm = train_step(run.model, run.optimizers, run.scaler, run.loader, step, config, runtime)
+                skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+                report_step(step, loss, norm, skipped, time.perf_counter() - start, run, config, runtime)
+                if skipped == config.max_skipped_steps:
+                    raise ConfigError(
+                        f"{skipped} updates in a row were skipped, for a loss of {loss} and a gradient norm of {norm}: "
+                        f"lower the rate, from the last checkpoint with --resume --lr {config.lr / 2:g} --override lr"
+                    )
+        except Stopped:
+            run.loader.position = position  # where the step began that is not done
+            if runtime.rank == 0 and step > 0:
+                writer.save(step, skipped)
+            writer.finish()
+            runtime.print0(f"stopped at step {step}: go on with --resume")
+            runtime.from_rank0("saved")  # the others wait: torchrun ends all processes as soon as one has ended
+            raise
+        writer.finish()
     runtime.print0(
         f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png\n"
         f"to read more of it: python sample.py --model {config.out_dir}"
     )
 
 
-def report_step(step, loss, norm, seconds, raw_model, config, runtime):
-    """Print and log one update."""
+def report_step(step, loss, norm, skipped, seconds, run, config, runtime):
+    """Print and log one update, or that it was skipped, and how many in a row."""
     lr, tok_s = get_lr(step, config), config.total_batch_tokens / seconds
     line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
     line += f"tok/s: {tok_s:,.0f}"
     peak = peak_flops(runtime.device)
     if peak:
         # model FLOPs utilization: FLOPs that the model's mathematics needs, over those that the GPUs could have done
-        mfu = flops_per_token(raw_model.config, config.seq_len) * tok_s / (peak * runtime.world_size)
+        mfu = flops_per_token(run.raw_model.config, config.seq_len) * tok_s / (peak * runtime.world_size)
         line += f" | mfu: {mfu:.1%}"
+    if skipped:
+        line += f" | update skipped, {skipped} in a row"
     runtime.print0(line)
     if runtime.rank == 0:
-        write_log(config.out_dir, step, train=loss, lr=lr, norm=norm, tok_s=tok_s)
+        values = {"train": loss, "lr": lr, "norm": norm, "tok_s": tok_s}
+        write_log(config.out_dir, step, **values, **({"skipped": skipped} if skipped else {}))
 
 
-def describe_run(raw_model, loader, config, runtime):
+def describe_run(run, config, runtime, resumed_step):
     """The lines that head a run: what is trained, on what, with what."""
-    c, tokens = raw_model.config, loader.num_rows * loader.T
+    loader, c, tokens = run.loader, run.raw_model.config, run.loader.num_rows * run.loader.T
     accumulation = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
     return (
-        f"model: {raw_model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels\n"
+        f"model: {run.raw_model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels\n"
         f"data: {tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}, "
         f"{config.max_steps * config.total_batch_tokens / tokens:.2f} epochs in {config.max_steps} steps\n"
         f"batch: {config.total_batch_tokens:,} tokens = {loader.B} rows x {loader.T} tokens x {runtime.world_size} "
         f"processes x {accumulation} micro-steps\n"
         f"machine: {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, "
         f"{'compiled' if runtime.compile else 'eager'}, torch {torch.__version__}, {platform.machine()}"
+        + (f"\nresuming {config.out_dir} at step {resumed_step}" if resumed_step is not None else "")
     )
 
 
@@ -915,17 +1268,26 @@ def config_errors(model_config, config):
     errors = []
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     positive = ["block_size", "n_layer", "n_head", "n_embd", "total_batch_tokens", "micro_batch", "seq_len", "lr",
-                "eval_interval", "save_interval", "val_tokens", "num_samples", "max_new_tokens"]  # fmt: skip
+                "eval_interval", "save_interval", "keep_checkpoints", "val_tokens", "num_samples",
+                "max_new_tokens"]  # fmt: skip
     not_negative = ["max_steps", "warmup_steps", "weight_decay", "grad_clip", "sample_interval"]
     values = {**asdict(model_config), **asdict(config)}
     errors += [f"--{name} is {values[name]}: it must be above 0" for name in positive if not values[name] > 0]
     errors += [f"--{name} is {values[name]}: it must be 0 or more" for name in not_negative if not values[name] >= 0]
+    errors += [f"--{name} is inf: it must be finite" for name in positive + not_negative if values[name] == math.inf]
     if not errors:  # the arithmetic needs these
         errors = relation_errors(model_config, config, world_size)
     if not 0 <= config.min_lr_ratio <= 1:
         errors.append(f"--min_lr_ratio is {config.min_lr_ratio}: it is a share of --lr, from 0 to 1")
     if not 0 <= config.seed < 2**32:
         errors.append(f"--seed is {config.seed}: it must be from 0 to 2**32 - 1")
+    if config.resume and config.overwrite:
+        errors.append("--resume and --overwrite exclude each other: give one of them")
+    allowed = asdict(config).keys() - CHANGEABLE - UNCHANGEABLE | {"data_dir"}
+    errors += [
+        f"--override {name}: a resumed run can change {', '.join(sorted(allowed))}, so named"
+        for name in config.override if name not in allowed
+    ]  # fmt: skip
     if config.sample_interval and not config.prompt:
         errors.append("--prompt is empty: samples need something to begin with (--sample_interval 0 turns them off)")
     return errors + machine_errors(config, world_size) + file_errors(config)
@@ -991,14 +1353,19 @@ def file_errors(config):
             fineweb.find_shards(config.data_dir, split)
     except fineweb.DataError as error:
         errors.append(str(error))
+    except OSError as error:
+        errors.append(f"--data_dir cannot be read ({error}): change its permissions, or name another folder")
     if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(config.hellaswag_file).is_file():
         errors.append(f"--hellaswag_file {config.hellaswag_file} does not exist: without the flag it is downloaded")
     out_dir = Path(config.out_dir).resolve()
-    existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to")
-    if not config.overwrite and ((out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*"))):
-        errors.append(f"{out_dir} holds a run: give --overwrite to delete it, or another --out_dir")
+    existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False where it is hidden
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        mend = "change its permissions, or name another folder"
+        errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to: {mend}")
+    elif (out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*")):
+        if not (config.resume or config.overwrite):
+            way_out = "give --resume to go on, --overwrite to delete it, or another --out_dir"
+            errors.append(f"{out_dir} holds a run: {way_out}")
     if config.overwrite and config.init_from and out_dir in Path(config.init_from).resolve().parents:
         errors.append(f"--overwrite would delete --init_from {config.init_from}: give another --out_dir")
     return errors
@@ -1020,13 +1387,15 @@ def parse_command_line(arguments):
     model_config, config = tyro.cli(
         configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )
+    config = replace(config, override=tuple(name.replace("-", "_") for name in config.override))
     if config.preset == "demo" and Path(config.out_dir).resolve() == Path(PRESETS["demo"][1].out_dir):
-        config = replace(config, overwrite=True)  # the demo's own folder, where each run starts over
+        config = replace(config, overwrite=not config.resume)  # the demo's own folder, where each run starts over
     return model_config, config
 
 
 def main(arguments=None):
-    """Train as the command line says. Exit code 2 for a user's mistake, with a line for each."""
+    """Train as the command line says, and exit as the head of this file says."""
+    exit_code = 0
     try:
         model_config, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         errors = config_errors(model_config, config)
@@ -1035,21 +1404,28 @@ def main(arguments=None):
         if errors:
             raise ConfigError("\n".join(errors))
         runtime = setup_runtime(config)
-        if runtime.rank == 0 and lacks_demo_shards(config):
-            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
-        runtime.from_rank0("the shards are there")
-        train(model_config, config, runtime)
+        with lock_out_dir(config.out_dir) if runtime.rank == 0 else nullcontext():
+            if runtime.rank == 0 and lacks_demo_shards(config):
+                fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
+            runtime.from_rank0("the folders are ready")
+            train(model_config, config, runtime)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: halve --micro_batch (the batch of an update stays the same)", file=sys.stderr)
         sys.exit(2)
     except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
+    except Stopped:
+        exit_code = EXIT_STOPPED
+    except KeyboardInterrupt:  # before the first step
+        sys.exit(130)
     if runtime.world_size > 1:
-        # Only after success: where one process has failed, the others would hang here. DDP's reference cycles must go
+        # Not after an error: where one process has failed, the others would hang here. DDP's reference cycles must go
         # first, for they keep gloo's threads alive, which would then abort the process as it exits.
         gc.collect()
         dist.destroy_process_group()
+    if exit_code:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

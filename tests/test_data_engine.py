@@ -191,6 +191,18 @@ def test_a_killed_run_leaves_no_workers(corpus, tmp_path):
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path):
+    """Guards against a traceback, or a wait without end, where the system takes a worker for its memory."""
+    command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*map(str, command)], **pipes) as process:
+        process.stdout.readline()
+        os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]), signal.SIGKILL)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and error.count("\n") == 1
+    assert error.startswith("error: a worker process died") and "fewer --workers" in error
+
+
 def test_ctrl_c_says_how_to_go_on(corpus, undisturbed, tmp_path, run_script):
     """Guards the terminal against a traceback from each process."""
     command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "2"]

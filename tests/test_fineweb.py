@@ -98,6 +98,7 @@ def test_real_parquet_equals_a_plain_loop(tmp_path, shared_data, method, workers
     assert len(texts) == 2000
     assert shard_files(tmp_path / "out") == reference_files(texts, get_encoding("gpt2"), 400_000)
     assert "3,159,411 tokens, 2,000 documents, 8 shards" in done.stdout
+    fineweb.verify_shards(tmp_path / "out")
 
 
 def test_the_command_writes_gpt2_tokens_with_its_own_workers(tmp_path, shared_data, run_script):
@@ -106,6 +107,18 @@ def test_the_command_writes_gpt2_tokens_with_its_own_workers(tmp_path, shared_da
     done = run_script("fineweb.py", "--source", source, "--out-dir", tmp_path / "out", "--shard-tokens", 99)
     assert (done.returncode, done.stderr) == (0, "")
     assert shard_files(tmp_path / "out") == reference_files(TRICKY * 10, get_encoding("gpt2"), 99)
+
+
+@pytest.mark.slow
+def test_ten_megabytes_of_one_character_are_a_document(tmp_path):
+    """Guards the worst text for a merging tokenizer, for which its regular expression makes one piece of everything."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["a" * 10_000_000, "b"])
+    prepare(source, tmp_path / "out", shard_tokens=1_000_000, workers=2)
+    tokens = np.concatenate(
+        [open_shard(path) for split in ("val", "train") for path in find_shards(tmp_path / "out", split)]
+    )
+    assert tokens[[0, -2]].tolist() == [50256, 50256]
+    assert get_encoding("gpt2").decode(tokens[1:-2].tolist()) == "a" * 10_000_000
 
 
 def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):

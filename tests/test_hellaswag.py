@@ -284,9 +284,6 @@ def test_empty_or_missing_file_is_an_error(tmp_path):
         load_rows(jsonl(tmp_path / "rows.jsonl"))
     with pytest.raises(HellaSwagError, match="none.jsonl: No such file"):
         load_rows(tmp_path / "none.jsonl")
-    for limit in (0, -1):
-        with pytest.raises(HellaSwagError, match="--limit"):
-            load_rows(tmp_path / "rows.jsonl", limit)
 
 
 # --- the download -----------------------------------------------------------------------------------------------------

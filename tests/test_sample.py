@@ -14,7 +14,7 @@ def run_folder(tmp_path_factory):
     for seed, step in enumerate((2, 10)):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
-        save_checkpoint(folder, step, model, fineweb.get_encoding("bytes"), {"step": step})
+        save_checkpoint(folder, model, fineweb.get_encoding("bytes"), {"step": step})
     (folder / "checkpoints" / ".step_000020").mkdir()
     return folder
 

@@ -375,9 +375,11 @@ def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_pa
 
 def test_a_diverged_run_stops(web_shards, run_script, tmp_path):
     """A run whose loss is no number must not go on to its end and leave its weights as a finished model."""
-    done = run_script("train_gpt2.py", *SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--lr", 1e30)
-    assert done.returncode == 2 and done.stderr.startswith("error: the loss of step 1 is nan")
-    assert not list(tmp_path.glob("checkpoints/step_*")) and read_log(tmp_path / "log.txt")["train"][0] == [0, 1]
+    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--lr", 1e30, "--max_steps", 100]
+    done = run_script("train_gpt2.py", *flags, "--save_interval", 1)
+    assert done.returncode == 2 and "error: 20 updates in a row were skipped, for a loss of nan" in done.stderr
+    log = read_log(tmp_path / "log.txt")
+    assert log["train"][0] == list(range(21)) and log["skipped"] == (list(range(1, 21)), list(range(1, 21)))
 
 
 def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
@@ -446,9 +448,9 @@ def test_trains_without_hellaswag_offline(web_shards, run_script, tmp_path):
 def test_a_failed_save_leaves_no_checkpoint(tmp_path):
     """A folder that bears its final name is complete: one that failed half way must not."""
     with pytest.raises((AttributeError, TypeError, RuntimeError)):  # a function inside cannot be written
-        save_checkpoint(tmp_path, 7, small_model(), fineweb.get_encoding("bytes"), {"step": lambda: 7})
-    assert not list(tmp_path.glob("checkpoints/step_*"))
-    folder = save_checkpoint(tmp_path, 7, small_model(), fineweb.get_encoding("bytes"), {"step": 7})
+        save_checkpoint(tmp_path, small_model(), fineweb.get_encoding("bytes"), {"step": 7, "rng": lambda: 7})
+    assert not list(tmp_path.glob("checkpoints/*"))
+    folder = save_checkpoint(tmp_path, small_model(), fineweb.get_encoding("bytes"), {"step": 7})
     assert list((tmp_path / "checkpoints").iterdir()) == [folder]
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 257
 

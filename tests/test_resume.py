@@ -1,0 +1,565 @@
+"""What a run survives: kills, full disks, signals, broken checkpoints, and being resumed as something else."""
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import fineweb
+import train_gpt2
+from train_gpt2 import EXIT_STOPPED, StopSignal, cut_log, read_log
+
+TINY = (
+    "--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 --optimizer muon "
+    "--total_batch_tokens 512 --micro_batch 4 --warmup_steps 5 --max_steps 40 --lr 0.01 --eval_interval 10 "
+    "--val_tokens 2000 --sample_interval 0 --save_interval 10 --keep_checkpoints 9 --hellaswag_file none"
+).split()
+
+
+class Program:
+    """train_gpt2.py as a user starts it, in the background; its lines as they come."""
+
+    def __init__(self, *flags, launcher=(str(ROOT / "train_gpt2.py"),), processes=1, restarts=0, **options):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(torchrun + [f"--max-restarts={restarts}"] if processes > 1 else []), *launcher]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen([*command, *map(str, flags)], **pipes, **options)
+        self.lines, self.came = [], threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self.came:
+                self.lines.append(line.rstrip("\n"))
+                self.came.notify_all()
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern, timeout=120):
+        with self.came:
+            found = self.came.wait_for(lambda: re.search(pattern, self.text, re.M), timeout)
+        assert found, f"{pattern} did not come:\n{self.text}"
+
+    def end(self, timeout=200):
+        """Its exit code; killed if it does not end."""
+        try:
+            return self.process.wait(timeout)
+        finally:
+            self.process.kill()
+            time.sleep(0.1)  # for the last lines
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small a second thread is only in the way of whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Real text of the machine's own, in bytes."""
+    folder = tmp_path_factory.mktemp("text") / "shards"
+    fineweb.prepare("stdlib", folder, "bytes", shard_tokens=100_000, max_tokens=400_000, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory, run_script):
+    """A run of 40 steps with a checkpoint at each tenth."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def interrupted(undisturbed, tmp_path):
+    """The same run as a crash after step 25 or so has left it: checkpoints 10 and 20, a longer log, half a save."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    lines = (out / "log.txt").read_text().splitlines(keepends=True)
+    (out / "log.txt").write_text("".join(line for line in lines if int(line.split()[0]) <= 25) + "26 tra")
+    shutil.rmtree(out / "checkpoints" / "step_000040")
+    (out / "checkpoints" / "step_000030").rename(out / "checkpoints" / ".step_000030")
+    return out
+
+
+def identical(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(out, expected):
+    """Weights, optimizer state and log equal to the bit; what is measured in seconds aside."""
+    last = max(expected.glob("checkpoints/step_*")).name
+    ours, theirs = out / "checkpoints" / last, expected / "checkpoints" / last
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    states = [torch.load(folder / "training_state.pt", weights_only=True) for folder in (ours, theirs)]
+    for state in states:
+        del state["config"]  # holds the folder
+    assert identical(*states)
+    logs = [
+        [line for line in (run / "log.txt").read_text().splitlines() if "tok_s" not in line] for run in (out, expected)
+    ]
+    assert logs[0] == logs[1]
+
+
+def steps_saved(out):
+    return [folder.name for folder in sorted((out / "checkpoints").iterdir())]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_run_is_the_undisturbed_one(interrupted, undisturbed, shards, run_script):
+    """To the bit: the original has no optimizer state to go on from. What is beyond the checkpoint goes."""
+    done = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {interrupted} at step 20" in done.stdout
+    assert not re.search(r"^step +(\d|1\d|20) \| val", done.stdout, re.M)  # evaluated already
+    assert_same_run(interrupted, undisturbed)
+    assert steps_saved(interrupted) == ["step_000010", "step_000020", "step_000030", "step_000040"]
+    before = (interrupted / "log.txt").read_text()
+    again = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume")
+    assert again.returncode == 0 and "saved" not in again.stdout and "val" not in again.stdout
+    assert (interrupted / "log.txt").read_text() == before
+
+
+def test_cut_log(tmp_path):
+    """Lines from beyond the checkpoint, half lines and the update that follows it go; its evaluation stays."""
+    log = tmp_path / "log.txt"
+    log.write_text("0 val 5\n0 train 5\n9 train 3\n10 val 2\n10 hella 0.25\n10 train 1\n11 train 1\n12 val 0\n1 tr")
+    assert cut_log(log, 10)
+    assert log.read_text() == "0 val 5\n0 train 5\n9 train 3\n10 val 2\n10 hella 0.25\n"
+    assert not cut_log(log, 9) and log.read_text() == "0 val 5\n0 train 5\n"
+    assert not cut_log(tmp_path / "none.txt", 5)
+
+
+def test_newest_checkpoints_are_kept(undisturbed, shards, run_script, tmp_path):
+    """--keep_checkpoints prunes the oldest, and only them; --resume starts where there is nothing to resume."""
+    flags = [*TINY, "--data_dir", shards, "--out_dir", tmp_path / "out", "--keep_checkpoints", 2, "--resume"]
+    assert run_script("train_gpt2.py", *flags).returncode == 0
+    assert steps_saved(tmp_path / "out") == ["step_000030", "step_000040"]
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_other_layout_goes_on_with_the_same_batches(shards, run_script, tmp_path, before, after):
+    """Another number of processes and another micro-batch must read the same rows: losses as of a run of one."""
+    flags = [*TINY, "--optimizer", "adamw", "--data_dir", shards]  # Muon multiplies in bfloat16, which magnifies noise
+    for out, processes, more in [
+        ("whole", 1, []),
+        ("out", before, ["--micro_batch", 4 // before]),
+        ("out", after, ["--micro_batch", 2, "--resume"]),
+    ]:
+        done = run_script("train_gpt2.py", *flags, *more, "--out_dir", tmp_path / out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        if "--resume" not in more:
+            for step in (30, 40) if out == "out" else ():
+                shutil.rmtree(tmp_path / out / "checkpoints" / f"step_0000{step}")
+    assert "at step 20" in done.stdout
+    ours, expected = (read_log(tmp_path / out / "log.txt") for out in ("out", "whole"))
+    for stream in ("train", "val", "lr", "norm"):
+        assert ours[stream][0] == expected[stream][0]
+        assert ours[stream][1] == pytest.approx(expected[stream][1], abs=1e-4, rel=1e-4 if stream == "norm" else 0)
+    states = [torch.load(tmp_path / out / "checkpoints/step_000040/training_state.pt") for out in ("out", "whole")]
+    assert states[0]["loader"] == states[1]["loader"] == 40 * 8
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(shards, tmp_path, run_script):
+    """25 kills that no program can catch, in steps, saves and evaluations: the weights end as if nothing had been."""
+    flags = [*TINY, "--data_dir", shards, "--max_steps", 2000, "--eval_interval", 20, "--val_tokens", 20_000]
+    flags += ["--save_interval", 5, "--keep_checkpoints", 2]
+    whole = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    out, luck, killed_in = tmp_path / "out", random.Random(0), {"step": 0, "save": 0, "evaluation": 0}
+    for kill in range(27):
+        run = Program(*flags, "--out_dir", out, "--resume")
+        run.wait_for(r"^step +\d+ \| loss")
+        if kill % 3 == 0:
+            time.sleep(luck.uniform(0, 0.5))
+        elif kill % 3 == 1:
+            run.wait_for(r"^step +\d*[13579]9 \| loss")  # the last before an evaluation
+            time.sleep(luck.uniform(0, 0.1))
+        else:
+            while not list(out.glob("checkpoints/.step_*")) and run.process.poll() is None:
+                pass
+        run.process.kill()
+        run.end()
+        assert run.process.returncode == -signal.SIGKILL, run.text
+        last = (out / "log.txt").read_text().splitlines()[-1].split()
+        evaluating = (int(last[0]) + 1) % 20 == 0 and last[1] != "val"
+        saving = list(out.glob("checkpoints/.step_*"))
+        killed_in["save" if saving else "evaluation" if evaluating else "step"] += 1
+    assert min(killed_in.values()) >= 3, killed_in
+    done = run_script("train_gpt2.py", *flags, "--out_dir", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, tmp_path / "whole")
+    assert steps_saved(out) == ["step_001995", "step_002000"]
+
+
+def worker(torchrun, rank):
+    """The process id of a rank."""
+    children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+    return next(
+        int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_a_killed_rank_is_restarted(shards, tmp_path, run_script):
+    """One of two processes dies: the other must end too, and torchrun resumes both without a human."""
+    flags = [*TINY, "--data_dir", shards, "--max_steps", 300, "--save_interval", 20]
+    whole = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    run = Program(*flags, "--out_dir", tmp_path / "out", "--resume", processes=2, restarts=1)
+    run.wait_for(r"^step +45 \| loss")
+    os.kill(worker(run.process, rank=1), signal.SIGKILL)
+    assert run.end() == 0, run.text
+    assert re.search(r"^resuming .* at step [1-9]", run.text, re.M)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+PHASES = {
+    "training": (r"^step +13 \| loss", ["--total_batch_tokens", 65536]),  # 256 micro-steps in a step
+    "evaluating": (r"^step +9 \| loss", ["--val_tokens", 90_000, "--micro_batch", 1]),
+    "sampling": (r"^step +10 \| val", ["--sample_interval", 10, "--max_new_tokens", 4000, "--prompt", "def "]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("processes, name", [(1, "SIGTERM"), (1, "SIGINT"), (1, "SIGUSR1"), (2, "SIGTERM")])
+def test_signals_save_and_stop(shards, tmp_path, phase, processes, name):
+    """Whatever the run is doing: it saves the step that it is at, soon, says so by its exit code, and can go on."""
+    pattern, extra = PHASES[phase]
+    flags = [*TINY, "--data_dir", shards, "--save_interval", 1000, "--out_dir", tmp_path / "out", *extra]
+    run = Program(*flags, "--resume", processes=processes)
+    run.wait_for(pattern)
+    time.sleep(0.3)
+    os.kill(worker(run.process, 1) if processes > 1 else run.process.pid, getattr(signal, name))
+    sent = time.monotonic()
+    code = run.end()
+    assert code == EXIT_STOPPED if processes == 1 else code != 0, run.text  # torchrun has exit codes of its own
+    assert time.monotonic() - sent < 10
+    step = {"training": 14, "evaluating": 10, "sampling": 10}[phase]
+    assert f"stopped at step {step}: go on with --resume" in run.lines
+    assert steps_saved(tmp_path / "out") == [f"step_{step:06d}"]
+    log = read_log(tmp_path / "out" / "log.txt")
+    assert log["train"][0] == list(range(step)) and (10 in log["val"][0]) == (phase != "evaluating")
+    state = torch.load(tmp_path / "out" / "checkpoints" / f"step_{step:06d}" / "training_state.pt")
+    assert state["loader"] == step * (1024 if phase == "training" else 8)
+
+
+@pytest.mark.slow
+def test_signal_during_hellaswag(shared_data, tmp_path, make_shards):
+    """HellaSwag takes minutes on small machines, which a preempted job does not have."""
+    tokens = np.random.RandomState(0).randint(0, 50257, 9000)
+    data = make_shards(tmp_path / "data", {"val": [tokens[:3000]], "train": [tokens[3000:]]})
+    file = shared_data / "hellaswag" / "hellaswag_val_600.jsonl"
+    flags = [*TINY, "--data_dir", data, "--out_dir", tmp_path / "out", "--block_size", 256, "--hellaswag_file", file]
+    run = Program(*flags, "--n_layer", 4, "--n_embd", 128, "--eval_interval", 3)
+    run.wait_for(r"^step +2 \| loss")
+    time.sleep(1)
+    run.process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.end() == EXIT_STOPPED and time.monotonic() - sent < 5, run.text
+    assert "stopped at step 3: go on with --resume" in run.lines and read_log(tmp_path / "out" / "log.txt")["val"][
+        0
+    ] == [0]
+
+
+def test_second_signal_ends_at_once(monkeypatch):
+    """The first is heeded when the state can be saved; who cannot wait sends a second. An echo of the first is none."""
+    code = (
+        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from train_gpt2 import StopSignal\n"
+        "with (stop := StopSignal()):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT); time.sleep(0.7)\n"
+        "    print(stop.received, flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9); print('deaf')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "SIGTERM\n"), done.stderr
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [100_000, 200_000])  # bytes: too few for the weights, or for the training state
+def test_failing_saves(interrupted, undisturbed, shards, tmp_path, run_script, largest):
+    """A disk with no room: said at once, nothing half-written stays, the old checkpoint does, and training goes on."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume", "--eval_interval", 5]
+    run = Program(*flags, preexec_fn=limit)
+    assert run.end() == 2
+    failures = [
+        line for line in run.lines if re.match(r"error: saving step \d+ failed, .*(too large|No space)", line, re.I)
+    ]
+    steps = [int(re.search(r"\d+", line)[0]) for line in failures]
+    assert steps == [30, 35, 40], run.text  # the second right after the first, at the next evaluation
+    assert (
+        run.lines[-1].startswith(f"error: {interrupted} lacks the checkpoint of step 40")
+        and "Traceback" not in run.text
+    )
+    assert steps_saved(interrupted) == ["step_000010", "step_000020"]
+    done = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(interrupted, undisturbed)
+
+
+@pytest.mark.slow
+def test_full_disk(undisturbed, shards, tmp_path, run_script):
+    """The same on a real file system that is full, and is given room while the run goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here")
+    try:
+        flags = [*TINY, "--data_dir", shards, "--out_dir", disk / "out", "--eval_interval", 5, "--keep_checkpoints", 1]
+        (disk / "ballast").write_bytes(bytes(1_200_000))
+        run = Program(*flags)
+        run.wait_for(r"^error: saving step 10 failed")
+        (disk / "ballast").unlink()
+        assert run.end() == 0, run.text
+        assert re.search(r"^saved .*step_0000(15|20)", run.text, re.M) and steps_saved(disk / "out") == ["step_000040"]
+        weights = [load_file(out / "checkpoints/step_000040/model.safetensors") for out in (disk / "out", undisturbed)]
+        assert identical(*weights)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt"])
+def test_truncated_checkpoint(interrupted, shards, tmp_path, run_script, file, capsys):
+    """The newest is named and the one before it used; asked for by its path it is an error; with no other, too."""
+    broken = interrupted / "checkpoints" / "step_000020"
+    os.truncate(broken / file, (broken / file).stat().st_size // 2)
+    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--max_steps", 40, "--resume"]
+    if file == "model.safetensors":
+        assert error_lines(capsys, *TINY, "--data_dir", shards, "--out_dir", tmp_path / "other", "--init_from", broken)
+        assert run_script("sample.py", "--model", broken).returncode == 2
+    done = run_script("train_gpt2.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert re.search(f"^warning: cannot resume from {broken}: .+$", done.stdout, re.M)
+    assert f"resuming {interrupted} at step 10" in done.stdout
+    assert steps_saved(interrupted) == [
+        "step_000010", "step_000020", "step_000020.unreadable", "step_000030", "step_000040"
+    ]  # fmt: skip
+    for folder in interrupted.glob("checkpoints/step_*"):
+        (folder / file).write_bytes(b"")
+    assert "can be read" in error_lines(capsys, *flags)[0] and len(steps_saved(interrupted)) == 5
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['BOMB_FILE']}",)
+
+
+def test_malicious_pickle_never_runs(interrupted, shards, tmp_path, monkeypatch, capsys):
+    """A training state from a stranger is data: what it would execute is refused, and the checkpoint named."""
+    monkeypatch.setenv("BOMB_FILE", str(tmp_path / "exploded"))
+    folder = interrupted / "checkpoints" / "step_000020"
+    torch.save({"step": 20, "rng": Bomb()}, folder / "training_state.pt")
+    train_gpt2.main([*TINY, "--data_dir", str(shards), "--out_dir", str(interrupted), "--resume", "--max_steps", "40"])
+    output = capsys.readouterr().out
+    assert f"warning: cannot resume from {folder}" in output and "at step 10" in output
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(Exception, match="."):  # the bomb is one
+        torch.load(folder.with_name("step_000020.unreadable") / "training_state.pt", weights_only=False)["none"]
+    assert (tmp_path / "exploded").exists()
+
+
+def test_two_runs_in_one_folder(shards, tmp_path, capsys):
+    """The second would delete or overwrite what the first writes; a lock that outlives its process would be as bad."""
+    flags = [*TINY, "--data_dir", shards, "--out_dir", tmp_path / "out"]
+    run = Program(*flags, "--max_steps", 100_000)
+    run.wait_for(r"^step +2 \| loss")
+    for second in ("--resume", "--overwrite"):
+        (line,) = error_lines(capsys, *flags, second)
+        assert line.startswith(f"error: another run is writing to {tmp_path / 'out'}")
+    run.process.kill()
+    run.end()
+    train_gpt2.main([*map(str, flags), "--resume", "--max_steps", "5"])
+
+
+# --- what may change --------------------------------------------------------------------------------------------------
+
+
+def error_lines(capsys, *flags):
+    """The lines with which the program refuses its command line, run in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        train_gpt2.main([*map(str, flags)])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and all(line.startswith("error: ") for line in lines)
+    return lines
+
+
+def test_changed_configuration(interrupted, shards, capsys):
+    """A run must not silently go on as another: each difference is named with the ways out, unless it was asked for."""
+    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume"]
+    log = (interrupted / "log.txt").read_text()
+    lines = error_lines(capsys, *flags, "--lr", 0.02, "--max_steps", 50, "--no_shuffle", "--n_layer", 3)
+    assert [re.match(r"error: --(\w+) is (\S+), the run in \S+ has (\S+): ", line).groups() for line in lines] == [
+        ("lr", "0.02", "0.01"), ("max_steps", "50", "40"), ("n_layer", "3", "2"), ("shuffle", "False", "True")
+    ]  # fmt: skip
+    assert "allow it with --override lr" in lines[0] and "--override" not in lines[2]
+    assert (
+        error_lines(capsys, *flags, "--max_steps", 50, "--override", "lr", "shuffle")
+        and log == (interrupted / "log.txt").read_text()
+    )
+    for name in ("n_layer", "seq_len", "optimizer", "no_such_flag", "device"):
+        assert f"--override {name}" in error_lines(capsys, *flags, "--override", name)[0]
+    assert "exclude each other" in error_lines(capsys, *flags, "--overwrite")[0]
+
+
+def test_overridden_configuration(interrupted, undisturbed, shards):
+    """--override takes effect, decays and rates included, and is remembered; intervals change freely."""
+    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume", "--max_steps", 45]
+    flags += [
+        "--override",
+        "max_steps",
+        "weight-decay",
+        "--weight_decay",
+        0.5,
+        "--eval_interval",
+        9,
+        "--save_interval",
+        15,
+    ]
+    train_gpt2.main([*map(str, flags)])
+    log, before = read_log(interrupted / "log.txt"), read_log(undisturbed / "log.txt")
+    assert log["val"][0] == [0, 10, 20, 27, 36, 45] and log["train"][0] == list(range(45))
+    assert steps_saved(interrupted) == ["step_000010", "step_000020", "step_000030", "step_000045"]
+    assert log["train"][1][20] == before["train"][1][20] and log["train"][1][25] != before["train"][1][25]
+    assert log["lr"][1][:20] == before["lr"][1][:20] and log["lr"][1][39] > before["lr"][1][39]
+    state = torch.load(interrupted / "checkpoints" / "step_000045" / "training_state.pt", weights_only=True)
+    assert {group["weight_decay"] for o in state["optimizers"] for group in o["param_groups"]} == {0.5, 0.0}
+    without = [flag for flag in flags if flag not in ("--override", "max_steps", "weight-decay")]
+    train_gpt2.main([*map(str, without)])
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "removed", "resized", "encoding"])
+def test_changed_data(tmp_path, make_shards, shards, capsys, change):
+    """Where the data is not what the position refers to, the run must not go on reading something else."""
+    tokens = np.random.RandomState(0).randint(0, 50257, 9000)
+    splits = {"val": [tokens[:1000]], "train": [tokens[1000:5000], tokens[5000:]]}
+    data = make_shards(tmp_path / "data", splits)
+    flags = [*TINY, "--out_dir", tmp_path / "out", "--n_embd", 8, "--micro_batch", 8, "--val_tokens", 500]
+    train_gpt2.main([*map(str, flags), "--data_dir", str(data), "--max_steps", "2", "--warmup_steps", "1"])
+    resume = [*flags, "--max_steps", 3, "--warmup_steps", 1, "--resume", "--override", "max_steps"]
+    if change == "encoding":
+        (line,) = error_lines(capsys, *resume, "--data_dir", shards)
+        assert "has bytes tokens" in line and "gpt2 tokens" in line
+        return
+    second = data / "edufineweb_train_000002.npy"
+    if change == "replaced":
+        np.save(second, tokens[5000:][::-1].astype(np.uint16))
+    elif change == "added":
+        second = data / "edufineweb_train_000003.npy"
+        np.save(second, tokens[:100].astype(np.uint16))
+    elif change == "removed":
+        second.unlink()
+    else:
+        np.save(second, tokens[5000:-1].astype(np.uint16))
+    (line,) = error_lines(capsys, *resume, "--data_dir", data)
+    assert str(second) in line and "--override data_dir" in line
+    train_gpt2.main([*map(str, resume), "data_dir", "--data_dir", str(data)])
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+POISONER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+
+steps, calls, wrap_model = {steps}, [], train_gpt2.wrap_model
+
+def poisoned(gradient):
+    calls.append(None)
+    here = os.environ.get("RANK", "{rank}") == "{rank}" and (len(calls) - 1) // {micro_steps} in steps
+    return gradient * float("nan") if here else gradient
+
+def wrap(raw_model, runtime):
+    raw_model.transformer.h[1].mlp.c_fc.weight.register_hook(poisoned)
+    return wrap_model(raw_model, runtime)
+
+train_gpt2.wrap_model = wrap
+train_gpt2.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_poisoned_gradient_is_skipped(shards, tmp_path, processes):
+    """One NaN on one process must neither reach the weights nor part the processes; the run counts it and goes on."""
+    script = tmp_path / "poisoner.py"
+    script.write_text(POISONER.format(root=str(ROOT), steps=(3, 4, 7), rank=processes - 1, micro_steps=2 // processes))
+    out = tmp_path / "out"
+    run = Program(
+        *TINY, "--data_dir", shards, "--out_dir", out, "--lr", 0.001, launcher=[str(script)], processes=processes
+    )
+    assert run.end() == 0, run.text
+    log = read_log(out / "log.txt")
+    assert log["skipped"] == ([3, 4, 7], [1, 2, 1]) and [s for s, n in zip(*log["norm"]) if np.isnan(n)] == [3, 4, 7]
+    assert np.isfinite(log["val"][1]).all() and log["val"][1][-1] < log["val"][1][0] - 0.5
+    assert all(
+        weight.isfinite().all() for weight in load_file(out / "checkpoints/step_000040/model.safetensors").values()
+    )
+    state = torch.load(out / "checkpoints" / "step_000010" / "training_state.pt", weights_only=True)
+    assert state["optimizers"][0]["state"][0]["step"] == 10 - 3
+
+
+@pytest.mark.slow
+def test_a_run_of_poisoned_gradients_ends(interrupted, undisturbed, shards, tmp_path, run_script):
+    """Twenty in a row are no accident: the run stops, and the checkpoints are good to go on from."""
+    script = tmp_path / "poisoner.py"
+    script.write_text(POISONER.format(root=str(ROOT), steps=range(5, 99), rank=0, micro_steps=2))
+    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume"]
+    run = Program(*flags, "--max_steps", 50, "--override", "max_steps", launcher=[str(script)])
+    assert run.end() == 2 and run.lines[-1].startswith("error: 20 updates in a row were skipped"), run.text
+    for step in (30, 40):  # of finite weights, and fit to go on from, but not of the undisturbed run
+        shutil.rmtree(interrupted / "checkpoints" / f"step_0000{step}")
+    done = run_script("train_gpt2.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(interrupted, undisturbed)
