@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -153,11 +152,17 @@ def test_max_tokens_cuts_the_stream_exactly(tmp_path):
 
 def test_the_source_is_read_only_as_fast_as_it_is_tokenized():
     """Guards memory: a pool's imap or map would draw this endless source in before it gave anything back."""
-    drawn = itertools.count()
-    arrays = encode_all(([f"text {next(drawn)}"] for _ in itertools.count()), "bytes", workers=2)
-    assert next(arrays).dtype == np.uint16
+    drawn = []
+
+    def tasks():
+        while True:
+            drawn.append(["a text"])
+            assert len(drawn) < 20
+            yield drawn[-1]
+
+    arrays = encode_all(tasks(), "bytes", workers=2)
+    assert [next(arrays).size for _ in range(5)] == [7] * 5
     arrays.close()
-    assert next(drawn) < 20
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------
