@@ -350,11 +350,13 @@ def test_a_finished_folder_is_left_alone(finished, capsys):
     assert prepare(source, finished, "bytes", shard_tokens=300) == read_manifest(finished)
     assert "is complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == times
-    (finished / "edufineweb_train_000001.npy").unlink()
-    with pytest.raises(DataError, match="edufineweb_train_000001.npy is missing: run "):
-        find_shards(finished, "train")
-    prepare(source, finished, "bytes", shard_tokens=300)
-    assert [path.name for path in find_shards(finished, "train")][0] == "edufineweb_train_000001.npy"
+    before, path = shard_files(finished), finished / "edufineweb_train_000001.npy"
+    for damage in ("is missing", "does not hold its 300 tokens"):
+        path.unlink() if damage == "is missing" else np.save(path, open_shard(path)[:-1].copy())
+        with pytest.raises(DataError, match=f"edufineweb_train_000001.npy {damage}: run "):
+            find_shards(finished, "train")
+        prepare(source, finished, "bytes", shard_tokens=300)  # mends it
+        assert shard_files(finished) == before and find_shards(finished, "train")
 
 
 def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
