@@ -676,17 +676,17 @@ def prepare(
         return manifest
 
     write_manifest(out_dir, manifest)
-    before = manifest["tokens"]
+    done = manifest["tokens"]
     tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
     share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
-    if before < share:
+    if done < share:
         arrays = encode_all(tasks, encoding, cores() if workers is None else workers)
         write_shards(joined(arrays, out_dir, manifest), out_dir, manifest, share)
     manifest["finished"] = True
     write_manifest(out_dir, manifest)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"
     seconds = time.time() - start
-    print(f"{counts} in {out_dir}, in {seconds:.1f} s ({(manifest['tokens'] - before) / seconds / 1e6:.1f}M tok/s)")
+    print(f"{counts} in {out_dir}, in {seconds:.1f} s ({(manifest['tokens'] - done) / seconds / 1e6:.1f}M tok/s)")
     return manifest
 
 

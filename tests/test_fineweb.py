@@ -514,6 +514,14 @@ def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished)
         "wrong.parquet has no column `text` (it has body, id)": ["--source", tmp_path / "wrong.parquet"],
         f"{finished} holds shards of other settings": ["--source", "stdlib", "--out_dir", finished],
         "--encoding gpt2 or --encoding bytes": ["--encoding", "bits"],
+        "--pretokenized takes shards as they are": ["--pretokenized", "some-org/some-shards"],
+        "some-org/some-shards is neither a file here nor": [
+            "--pretokenized",
+            "some-org/some-shards",
+            "--encoding",
+            "gpt2",
+        ],
+        "no shards in absent": ["--verify", "absent"],
         "--shard_tokens": ["--source", "stdlib", "--shard_tokens", "1_000", "--max_tokens", "1_000"],
         "HuggingFaceFW/fineweb-edu is neither a file here": [],
         str(tmp_path / "wrong.parquet"): ["--source", "stdlib", "--out_dir", tmp_path / "wrong.parquet" / "below"],
@@ -531,7 +539,8 @@ def test_help_is_quick_and_names_the_flags(run_script):
     start = time.time()
     done = run_script("fineweb.py", "--help")
     assert time.time() - start < 3 and done.returncode == 0
-    for flag in ("--source", "--out_dir", "--encoding", "--shard_tokens", "--max_tokens", "--workers"):
+    for flag in ("--source", "--out_dir", "--encoding", "--shard_tokens", "--max_tokens", "--workers",
+                 "--pretokenized", "--verify"):  # fmt: skip
         assert f" {flag} " in done.stdout
 
 
