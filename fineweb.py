@@ -563,7 +563,8 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
     end = next_position(manifest)
     shard, filled, writing = np.empty(manifest["shard_tokens"], dtype=np.uint16), 0, None
     # disable=None: draws only on a terminal
-    progress = tqdm(total=manifest["max_tokens"], initial=manifest["tokens"], unit="tok", unit_scale=True, disable=None)
+    total = max_tokens if manifest["max_tokens"] else None
+    progress = tqdm(total=total, initial=manifest["tokens"], unit="tok", unit_scale=True, disable=None)
     left = max_tokens - manifest["tokens"]
     with progress, ThreadPoolExecutor(1) as writer:  # the next shard is filled while one is hashed and written
         for number, tokens in enumerate(arrays, start=end["task"]):
@@ -631,6 +632,9 @@ def go_on_from(out_dir: Path, settings: dict) -> dict:
         if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
             return earlier
+        if not settings.get("pretokenized"):  # what comes after a lost shard is written anew
+            for name in earlier["shards"].keys() - manifest["shards"].keys():
+                (out_dir / name).unlink(missing_ok=True)
     return manifest
 
 

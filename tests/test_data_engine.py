@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -104,34 +105,46 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(corpus, undisturbed, 
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
+def exit_code_of_a_crash(crash, moment, settings):
+    """Run `prepare` in a process that dies before or after its crash-th rename; 8 if there are not so many."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    rename, left = os.replace, iter(range(crash, -1, -1))
+
+    def replace(*paths):
+        is_last = next(left) == 0
+        if moment == "after" or not is_last:
+            rename(*paths)
+        if is_last:
+            os._exit(9)
+
+    os.replace = replace
+    try:
+        prepare(**settings)
+    finally:
+        os._exit(8)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_crash_at_each_rename_is_mended(finished, tmp_path, moment, capsys):
+@pytest.mark.parametrize("lost", [None, "edufineweb_train_000003.npy"])
+def test_a_crash_at_each_rename_is_mended(finished, tmp_path, moment, lost):
     """Guards the order of shard and manifest: every state that the folder is ever in can be gone on from."""
     undisturbed = folder_bytes(finished)
     settings = {"source": str(finished.parent / "in.jsonl"), "encoding": "bytes", "shard_tokens": 1000, "workers": 1}
-    for crash in range(2 * 6 + 3):  # of 6 shards and 8 manifests; the last is none
+    for crash in itertools.count():
         out = tmp_path / str(crash)
-        if not (child := os.fork()):
-            rename, left = os.replace, iter(range(crash, -1, -1))
-
-            def replace(*paths, rename=rename, left=left):
-                is_last = next(left) == 0
-                if moment == "after" or not is_last:
-                    rename(*paths)
-                if is_last:
-                    os._exit(9)
-
-            os.replace = replace
-            try:
-                prepare(out_dir=out, **settings)
-            finally:
-                os._exit(8)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if crash < 14 else 8)
-        if crash < 13:
-            with pytest.raises(DataError, match="is unfinished|no train shards"):
+        if lost:
+            shutil.copytree(finished, out)
+            (out / lost).unlink()
+        code = exit_code_of_a_crash(crash, moment, settings | {"out_dir": out})
+        if code == 8:
+            break
+        if not (out.exists() and read_manifest(out)["finished"] and moment == "after"):
+            with pytest.raises(DataError, match="is unfinished|no train shards|is missing"):
                 find_shards(out, "train")
         prepare(out_dir=out, **settings)
         assert folder_bytes(out) == undisturbed
+    assert crash == 2 + 2 * (3 if lost else 6)  # the first manifest and the last, and for each shard two files
 
 
 def test_from_every_shard_on_the_rest_is_the_same(corpus, undisturbed, tmp_path):
@@ -411,6 +424,22 @@ def test_a_damaged_published_shard_is_refused(hub, tmp_path, run_script, damage)
     if damage != "no shards":
         with pytest.raises(DataError, match="is unfinished"):
             find_shards(tmp_path / "out", "train")
+
+
+@pytest.mark.slow
+def test_a_hub_dataset_of_lines_is_streamed(hub, corpus, tmp_path, run_script):
+    """Guards the formats of the Hub that have no row groups: read by the main process, skipped over at a restart."""
+    server, environment = hub({"data.jsonl": (corpus[0] / "3.jsonl").read_bytes()})
+    command = ["--source", server.repo, *flags(corpus, tmp_path / "out")[2:], "--workers", 2]
+    assert run_script("fineweb.py", *command, **environment).returncode == 0
+    prepare(str(corpus[0] / "3.jsonl"), tmp_path / "local", "bytes", shard_tokens=SHARD_TOKENS, workers=1)
+    local = folder_bytes(tmp_path / "local").items() - {
+        ("manifest.json", (tmp_path / "local/manifest.json").read_bytes())
+    }
+    assert local <= folder_bytes(tmp_path / "out").items()
+    (tmp_path / "out" / "edufineweb_train_000020.npy").unlink()
+    assert run_script("fineweb.py", *command, **environment).returncode == 0
+    assert local <= folder_bytes(tmp_path / "out").items()
 
 
 @pytest.mark.slow
