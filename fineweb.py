@@ -376,8 +376,7 @@ def row_group_texts(task: RowGroup) -> Iterator[str | None]:
 def open_parquet(path: str):
     import pyarrow.parquet
 
-    # a name, not a file of Python's, whose position the workers would share
-    file = open_file(path) if path.startswith("hf://") else path
+    file = open_file(path) if path.startswith("hf://") else path  # which Arrow reads without Python
     return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**23)  # else it holds a whole row group
 
 
