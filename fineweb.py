@@ -511,7 +511,7 @@ def atomic_write(path: Path):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        mend = "make room and run the same command again: it keeps what is finished and goes on"
+        mend = "make room or check --out_dir, and run the same command again: it goes on after what is finished"
         raise DataError(f"{path} cannot be written ({error.strerror}): {mend}") from error
     finally:
         with suppress(OSError):

@@ -240,7 +240,8 @@ def test_a_full_disk_stops_with_a_line_and_room_mends_it(corpus, undisturbed, tm
         done = run_script("fineweb.py", *flags(corpus, out), "--workers", 1)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert re.match(
-            r"error: \S+ cannot be written \(No space left on device\): make room and run .* again", done.stderr
+            r"error: \S+ cannot be written \(No space left on device\): make room or check --out_dir, and run .* again",
+            done.stderr,
         )
         left = folder_bytes(out)
         assert 10 < len(left) < 30 and left.pop("manifest.json") and left.items() <= undisturbed.items()
