@@ -1355,8 +1355,11 @@ def file_errors(config):
         errors.append(str(error))
     except OSError as error:
         errors.append(f"--data_dir cannot be read ({error}): change its permissions, or name another folder")
-    if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file) and not Path(config.hellaswag_file).is_file():
-        errors.append(f"--hellaswag_file {config.hellaswag_file} does not exist: without the flag it is downloaded")
+    try:
+        if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file):
+            hellaswag.load_rows(config.hellaswag_file)
+    except hellaswag.HellaSwagError as error:
+        errors.append(f"--hellaswag_file {error}")
     out_dir = Path(config.out_dir).resolve()
     existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False where it is hidden
     if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):

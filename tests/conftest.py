@@ -24,7 +24,10 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def run_script():
-    """run_script("train_gpt2.py", "--flag", …, processes=2) -> the completed process; several run under torchrun."""
+    """run_script("train_gpt2.py", "--flag", …, processes=2) -> the completed process; several run under torchrun.
+
+    On one thread: for models as small as the tests' a second is only in the way of what else the machine does.
+    """
 
     def run(script, *flags, processes=1, timeout=280, **environment):
         launcher = [sys.executable]
@@ -32,7 +35,7 @@ def run_script():
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return subprocess.run(
             [*launcher, str(ROOT / script), *map(str, flags)],
-            capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+            capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
         )  # fmt: skip
 
     return run
@@ -53,3 +56,13 @@ def make_shards():
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_shards(tmp_path_factory):
+    """Real text of the machine's own, in bytes: 100,000 tokens to validate on, 300,000 to train on."""
+    import fineweb
+
+    folder = tmp_path_factory.mktemp("text") / "shards"
+    fineweb.prepare("stdlib", folder, "bytes", shard_tokens=100_000, max_tokens=400_000, workers=1)
+    return folder

@@ -18,7 +18,6 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import fineweb
 import train_gpt2
 from train_gpt2 import EXIT_STOPPED, StopSignal, cut_log, read_log
 
@@ -76,18 +75,10 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Real text of the machine's own, in bytes."""
-    folder = tmp_path_factory.mktemp("text") / "shards"
-    fineweb.prepare("stdlib", folder, "bytes", shard_tokens=100_000, max_tokens=400_000, workers=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory, run_script):
+def undisturbed(text_shards, tmp_path_factory, run_script):
     """A run of 40 steps with a checkpoint at each tenth."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    done = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", out)
+    done = run_script("train_gpt2.py", *TINY, "--data_dir", text_shards, "--out_dir", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -134,16 +125,16 @@ def steps_saved(out):
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-def test_resumed_run_is_the_undisturbed_one(interrupted, undisturbed, shards, run_script):
+def test_resumed_run_is_the_undisturbed_one(interrupted, undisturbed, text_shards, run_script):
     """To the bit: the original has no optimizer state to go on from. What is beyond the checkpoint goes."""
-    done = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume")
+    done = run_script("train_gpt2.py", *TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume")
     assert done.returncode == 0, done.stderr
     assert f"resuming {interrupted} at step 20" in done.stdout
     assert not re.search(r"^step +(\d|1\d|20) \| val", done.stdout, re.M)  # evaluated already
     assert_same_run(interrupted, undisturbed)
     assert steps_saved(interrupted) == ["step_000010", "step_000020", "step_000030", "step_000040"]
     before = (interrupted / "log.txt").read_text()
-    again = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume")
+    again = run_script("train_gpt2.py", *TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume")
     assert again.returncode == 0 and "saved" not in again.stdout and "val" not in again.stdout
     assert (interrupted / "log.txt").read_text() == before
 
@@ -158,9 +149,9 @@ def test_cut_log(tmp_path):
     assert not cut_log(tmp_path / "none.txt", 5)
 
 
-def test_newest_checkpoints_are_kept(undisturbed, shards, run_script, tmp_path):
+def test_newest_checkpoints_are_kept(undisturbed, text_shards, run_script, tmp_path):
     """--keep_checkpoints prunes the oldest, and only them; --resume starts where there is nothing to resume."""
-    flags = [*TINY, "--data_dir", shards, "--out_dir", tmp_path / "out", "--keep_checkpoints", 2, "--resume"]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", tmp_path / "out", "--keep_checkpoints", 2, "--resume"]
     assert run_script("train_gpt2.py", *flags).returncode == 0
     assert steps_saved(tmp_path / "out") == ["step_000030", "step_000040"]
     assert_same_run(tmp_path / "out", undisturbed)
@@ -168,9 +159,15 @@ def test_newest_checkpoints_are_kept(undisturbed, shards, run_script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_other_layout_goes_on_with_the_same_batches(shards, run_script, tmp_path, before, after):
+def test_other_layout_goes_on_with_the_same_batches(text_shards, run_script, tmp_path, before, after):
     """Another number of processes and another micro-batch must read the same rows: losses as of a run of one."""
-    flags = [*TINY, "--optimizer", "adamw", "--data_dir", shards]  # Muon multiplies in bfloat16, which magnifies noise
+    flags = [
+        *TINY,
+        "--optimizer",
+        "adamw",
+        "--data_dir",
+        text_shards,
+    ]  # Muon multiplies in bfloat16, which magnifies noise
     for out, processes, more in [
         ("whole", 1, []),
         ("out", before, ["--micro_batch", 4 // before]),
@@ -194,9 +191,9 @@ def test_other_layout_goes_on_with_the_same_batches(shards, run_script, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(shards, tmp_path, run_script):
+def test_killed_again_and_again(text_shards, tmp_path, run_script):
     """25 kills that no program can catch, in steps, saves and evaluations: the weights end as if nothing had been."""
-    flags = [*TINY, "--data_dir", shards, "--max_steps", 2000, "--eval_interval", 20, "--val_tokens", 20_000]
+    flags = [*TINY, "--data_dir", text_shards, "--max_steps", 2000, "--eval_interval", 20, "--val_tokens", 20_000]
     flags += ["--save_interval", 5, "--keep_checkpoints", 2]
     whole = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -236,9 +233,9 @@ def worker(torchrun, rank):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_a_killed_rank_is_restarted(shards, tmp_path, run_script):
+def test_a_killed_rank_is_restarted(text_shards, tmp_path, run_script):
     """One of two processes dies: the other must end too, and torchrun resumes both without a human."""
-    flags = [*TINY, "--data_dir", shards, "--max_steps", 300, "--save_interval", 20]
+    flags = [*TINY, "--data_dir", text_shards, "--max_steps", 300, "--save_interval", 20]
     whole = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole", processes=2)
     assert whole.returncode == 0, whole.stderr
     run = Program(*flags, "--out_dir", tmp_path / "out", "--resume", processes=2, restarts=1)
@@ -262,20 +259,22 @@ PHASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("processes, name", [(1, "SIGTERM"), (1, "SIGINT"), (1, "SIGUSR1"), (2, "SIGTERM")])
-def test_signals_save_and_stop(shards, tmp_path, phase, processes, name):
+def test_signals_save_and_stop(text_shards, tmp_path, phase, processes, name):
     """Whatever the run is doing: it saves the step that it is at, soon, says so by its exit code, and can go on."""
     pattern, extra = PHASES[phase]
-    flags = [*TINY, "--data_dir", shards, "--save_interval", 1000, "--out_dir", tmp_path / "out", *extra]
+    flags = [*TINY, "--data_dir", text_shards, "--save_interval", 1000, "--out_dir", tmp_path / "out", *extra]
     run = Program(*flags, "--resume", processes=processes)
     run.wait_for(pattern)
     time.sleep(0.3)
-    os.kill(worker(run.process, 1) if processes > 1 else run.process.pid, getattr(signal, name))
+    # one of two processes, or, since rank 0 samples alone, torchrun, which passes it on to both
+    one_of_two = processes > 1 and phase != "sampling"
+    os.kill(worker(run.process, rank=1) if one_of_two else run.process.pid, getattr(signal, name))
     sent = time.monotonic()
     code = run.end()
     assert code == EXIT_STOPPED if processes == 1 else code != 0, run.text  # torchrun has exit codes of its own
     assert time.monotonic() - sent < 10
     step = {"training": 14, "evaluating": 10, "sampling": 10}[phase]
-    assert f"stopped at step {step}: go on with --resume" in run.lines
+    assert f"stopped at step {step}: go on with --resume" in run.lines and "sample 0" not in run.text
     assert steps_saved(tmp_path / "out") == [f"step_{step:06d}"]
     log = read_log(tmp_path / "out" / "log.txt")
     assert log["train"][0] == list(range(step)) and (10 in log["val"][0]) == (phase != "evaluating")
@@ -322,13 +321,13 @@ def test_second_signal_ends_at_once(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("largest", [100_000, 200_000])  # bytes: too few for the weights, or for the training state
-def test_failing_saves(interrupted, undisturbed, shards, tmp_path, run_script, largest):
+def test_failing_saves(interrupted, undisturbed, text_shards, tmp_path, run_script, largest):
     """A disk with no room: said at once, nothing half-written stays, the old checkpoint does, and training goes on."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
-    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume", "--eval_interval", 5]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume", "--eval_interval", 5]
     run = Program(*flags, preexec_fn=limit)
     assert run.end() == 2
     failures = [
@@ -341,13 +340,13 @@ def test_failing_saves(interrupted, undisturbed, shards, tmp_path, run_script, l
         and "Traceback" not in run.text
     )
     assert steps_saved(interrupted) == ["step_000010", "step_000020"]
-    done = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume")
+    done = run_script("train_gpt2.py", *TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_run(interrupted, undisturbed)
 
 
 @pytest.mark.slow
-def test_full_disk(undisturbed, shards, tmp_path, run_script):
+def test_full_disk(undisturbed, text_shards, tmp_path, run_script):
     """The same on a real file system that is full, and is given room while the run goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -355,7 +354,17 @@ def test_full_disk(undisturbed, shards, tmp_path, run_script):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small tmpfs cannot be mounted here")
     try:
-        flags = [*TINY, "--data_dir", shards, "--out_dir", disk / "out", "--eval_interval", 5, "--keep_checkpoints", 1]
+        flags = [
+            *TINY,
+            "--data_dir",
+            text_shards,
+            "--out_dir",
+            disk / "out",
+            "--eval_interval",
+            5,
+            "--keep_checkpoints",
+            1,
+        ]
         (disk / "ballast").write_bytes(bytes(1_200_000))
         run = Program(*flags)
         run.wait_for(r"^error: saving step 10 failed")
@@ -365,17 +374,19 @@ def test_full_disk(undisturbed, shards, tmp_path, run_script):
         weights = [load_file(out / "checkpoints/step_000040/model.safetensors") for out in (disk / "out", undisturbed)]
         assert identical(*weights)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt"])
-def test_truncated_checkpoint(interrupted, shards, tmp_path, run_script, file, capsys):
+def test_truncated_checkpoint(interrupted, text_shards, tmp_path, run_script, file, capsys):
     """The newest is named and the one before it used; asked for by its path it is an error; with no other, too."""
     broken = interrupted / "checkpoints" / "step_000020"
     os.truncate(broken / file, (broken / file).stat().st_size // 2)
-    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--max_steps", 40, "--resume"]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--max_steps", 40, "--resume"]
     if file == "model.safetensors":
-        assert error_lines(capsys, *TINY, "--data_dir", shards, "--out_dir", tmp_path / "other", "--init_from", broken)
+        assert error_lines(
+            capsys, *TINY, "--data_dir", text_shards, "--out_dir", tmp_path / "other", "--init_from", broken
+        )
         assert run_script("sample.py", "--model", broken).returncode == 2
     done = run_script("train_gpt2.py", *flags)
     assert done.returncode == 0, done.stderr
@@ -394,12 +405,14 @@ class Bomb:
         return os.system, (f"touch {os.environ['BOMB_FILE']}",)
 
 
-def test_malicious_pickle_never_runs(interrupted, shards, tmp_path, monkeypatch, capsys):
+def test_malicious_pickle_never_runs(interrupted, text_shards, tmp_path, monkeypatch, capsys):
     """A training state from a stranger is data: what it would execute is refused, and the checkpoint named."""
     monkeypatch.setenv("BOMB_FILE", str(tmp_path / "exploded"))
     folder = interrupted / "checkpoints" / "step_000020"
     torch.save({"step": 20, "rng": Bomb()}, folder / "training_state.pt")
-    train_gpt2.main([*TINY, "--data_dir", str(shards), "--out_dir", str(interrupted), "--resume", "--max_steps", "40"])
+    train_gpt2.main(
+        [*TINY, "--data_dir", str(text_shards), "--out_dir", str(interrupted), "--resume", "--max_steps", "40"]
+    )
     output = capsys.readouterr().out
     assert f"warning: cannot resume from {folder}" in output and "at step 10" in output
     assert not (tmp_path / "exploded").exists()
@@ -408,9 +421,9 @@ def test_malicious_pickle_never_runs(interrupted, shards, tmp_path, monkeypatch,
     assert (tmp_path / "exploded").exists()
 
 
-def test_two_runs_in_one_folder(shards, tmp_path, capsys):
+def test_two_runs_in_one_folder(text_shards, tmp_path, capsys):
     """The second would delete or overwrite what the first writes; a lock that outlives its process would be as bad."""
-    flags = [*TINY, "--data_dir", shards, "--out_dir", tmp_path / "out"]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", tmp_path / "out"]
     run = Program(*flags, "--max_steps", 100_000)
     run.wait_for(r"^step +2 \| loss")
     for second in ("--resume", "--overwrite"):
@@ -434,9 +447,9 @@ def error_lines(capsys, *flags):
     return lines
 
 
-def test_changed_configuration(interrupted, shards, capsys):
+def test_changed_configuration(interrupted, text_shards, capsys):
     """A run must not silently go on as another: each difference is named with the ways out, unless it was asked for."""
-    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume"]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume"]
     log = (interrupted / "log.txt").read_text()
     lines = error_lines(capsys, *flags, "--lr", 0.02, "--max_steps", 50, "--no_shuffle", "--n_layer", 3)
     assert [re.match(r"error: --(\w+) is (\S+), the run in \S+ has (\S+): ", line).groups() for line in lines] == [
@@ -452,9 +465,9 @@ def test_changed_configuration(interrupted, shards, capsys):
     assert "exclude each other" in error_lines(capsys, *flags, "--overwrite")[0]
 
 
-def test_overridden_configuration(interrupted, undisturbed, shards):
+def test_overridden_configuration(interrupted, undisturbed, text_shards):
     """--override takes effect, decays and rates included, and is remembered; intervals change freely."""
-    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume", "--max_steps", 45]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume", "--max_steps", 45]
     flags += [
         "--override",
         "max_steps",
@@ -479,7 +492,7 @@ def test_overridden_configuration(interrupted, undisturbed, shards):
 
 
 @pytest.mark.parametrize("change", ["replaced", "added", "removed", "resized", "encoding"])
-def test_changed_data(tmp_path, make_shards, shards, capsys, change):
+def test_changed_data(tmp_path, make_shards, text_shards, capsys, change):
     """Where the data is not what the position refers to, the run must not go on reading something else."""
     tokens = np.random.RandomState(0).randint(0, 50257, 9000)
     splits = {"val": [tokens[:1000]], "train": [tokens[1000:5000], tokens[5000:]]}
@@ -488,7 +501,7 @@ def test_changed_data(tmp_path, make_shards, shards, capsys, change):
     train_gpt2.main([*map(str, flags), "--data_dir", str(data), "--max_steps", "2", "--warmup_steps", "1"])
     resume = [*flags, "--max_steps", 3, "--warmup_steps", 1, "--resume", "--override", "max_steps"]
     if change == "encoding":
-        (line,) = error_lines(capsys, *resume, "--data_dir", shards)
+        (line,) = error_lines(capsys, *resume, "--data_dir", text_shards)
         assert "has bytes tokens" in line and "gpt2 tokens" in line
         return
     second = data / "edufineweb_train_000002.npy"
@@ -531,13 +544,13 @@ train_gpt2.main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_poisoned_gradient_is_skipped(shards, tmp_path, processes):
+def test_a_poisoned_gradient_is_skipped(text_shards, tmp_path, processes):
     """One NaN on one process must neither reach the weights nor part the processes; the run counts it and goes on."""
     script = tmp_path / "poisoner.py"
     script.write_text(POISONER.format(root=str(ROOT), steps=(3, 4, 7), rank=processes - 1, micro_steps=2 // processes))
     out = tmp_path / "out"
     run = Program(
-        *TINY, "--data_dir", shards, "--out_dir", out, "--lr", 0.001, launcher=[str(script)], processes=processes
+        *TINY, "--data_dir", text_shards, "--out_dir", out, "--lr", 0.001, launcher=[str(script)], processes=processes
     )
     assert run.end() == 0, run.text
     log = read_log(out / "log.txt")
@@ -551,11 +564,11 @@ def test_a_poisoned_gradient_is_skipped(shards, tmp_path, processes):
 
 
 @pytest.mark.slow
-def test_a_run_of_poisoned_gradients_ends(interrupted, undisturbed, shards, tmp_path, run_script):
+def test_a_run_of_poisoned_gradients_ends(interrupted, undisturbed, text_shards, tmp_path, run_script):
     """Twenty in a row are no accident: the run stops, and the checkpoints are good to go on from."""
     script = tmp_path / "poisoner.py"
     script.write_text(POISONER.format(root=str(ROOT), steps=range(5, 99), rank=0, micro_steps=2))
-    flags = [*TINY, "--data_dir", shards, "--out_dir", interrupted, "--resume"]
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume"]
     run = Program(*flags, "--max_steps", 50, "--override", "max_steps", launcher=[str(script)])
     assert run.end() == 2 and run.lines[-1].startswith("error: 20 updates in a row were skipped"), run.text
     for step in (30, 40):  # of finite weights, and fit to go on from, but not of the undisturbed run

@@ -341,9 +341,9 @@ def test_same_losses_on_two_processes(small_run, web_shards, run_script, tmp_pat
         assert one[stream][1] == pytest.approx(two[stream][1], abs=1e-4)
 
 
-def test_a_run_is_not_overwritten(small_run, web_shards, run_script, tmp_path):
+def test_a_run_is_not_overwritten(text_shards, run_script, tmp_path):
     """The original truncates the log at every start; here a run is deleted only on request, and it alone."""
-    flags = [*SMALL, "--data_dir", web_shards, "--max_steps", 2, "--warmup_steps", 1, "--out_dir", tmp_path]
+    flags = [*SMALL, "--data_dir", text_shards, "--max_steps", 2, "--warmup_steps", 1, "--out_dir", tmp_path]
     assert run_script("train_gpt2.py", *flags).returncode == 0
     for mine in ("notes.txt", "checkpoints/step_000001_mine.txt"):
         (tmp_path / mine).write_text("mine")
@@ -373,18 +373,18 @@ def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_pa
     assert torch.equal(states[0]["rng"], states[1]["rng"])
 
 
-def test_a_diverged_run_stops(web_shards, run_script, tmp_path):
+def test_a_diverged_run_stops(text_shards, run_script, tmp_path):
     """A run whose loss is no number must not go on to its end and leave its weights as a finished model."""
-    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--lr", 1e30, "--max_steps", 100]
+    flags = [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--lr", 1e30, "--max_steps", 100]
     done = run_script("train_gpt2.py", *flags, "--save_interval", 1)
     assert done.returncode == 2 and "error: 20 updates in a row were skipped, for a loss of nan" in done.stderr
     log = read_log(tmp_path / "log.txt")
     assert log["train"][0] == list(range(21)) and log["skipped"] == (list(range(1, 21)), list(range(1, 21)))
 
 
-def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
+def test_speed_leaves_evaluation_out(text_shards, run_script, tmp_path):
     """The original counts evaluation into tok/s; here most of the time is evaluation, and the steps do not show it."""
-    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--max_steps", 5, "--eval_interval", 1]
+    flags = [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--max_steps", 5, "--eval_interval", 1]
     start = time.perf_counter()
     done = run_script("train_gpt2.py", *flags, "--total_batch_tokens", 256, "--val_tokens", 10_000)
     seconds = time.perf_counter() - start
@@ -392,15 +392,14 @@ def test_speed_leaves_evaluation_out(web_shards, run_script, tmp_path):
     assert sum(256 / tok_s for tok_s in read_log(tmp_path / "log.txt")["tok_s"][1]) < seconds / 5
 
 
-def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, run_script, tmp_path):
+def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, text_shards, run_script, tmp_path):
     """Training on must start where the checkpoint stopped, and refuse data of another vocabulary."""
     folder = small_run[0] / "checkpoints" / "step_000020"
     flags = [*SMALL, "--init_from", folder, "--max_steps", 5, "--out_dir", tmp_path / "out"]
     done = run_script("train_gpt2.py", *flags, "--data_dir", web_shards)
     assert done.returncode == 0, done.stderr
     assert read_log(tmp_path / "out" / "log.txt")["val"][1][0] == read_log(small_run[0] / "log.txt")["val"][1][-1]
-    fineweb.prepare("stdlib", tmp_path / "bytes", "bytes", shard_tokens=400_000, max_tokens=500_000)
-    wrong = run_script("train_gpt2.py", *flags, "--data_dir", tmp_path / "bytes", "--overwrite")
+    wrong = run_script("train_gpt2.py", *flags, "--data_dir", text_shards, "--overwrite")
     assert wrong.returncode == 2 and "50257 ids" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     assert read_log(tmp_path / "out" / "log.txt")["val"][0] == [0, 5]
 
@@ -455,9 +454,9 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path):
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 257
 
 
-def test_runs_without_a_compiler(web_shards, run_script, tmp_path):
+def test_runs_without_a_compiler(text_shards, run_script, tmp_path):
     """--compile on, on a machine with no C++ compiler: a plain warning, and an eager run."""
-    flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--compile", "on", "--max_steps", 5]
+    flags = [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--compile", "on", "--max_steps", 5]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # a warm one needs no compiler
     done = run_script("train_gpt2.py", *flags, PATH="/nowhere", CXX="/nowhere/g++", **cache)
     assert done.returncode == 0, done.stderr
