@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -66,10 +65,10 @@ def finished(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("shard_tokens", [200, 5000])
-def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens):
+@pytest.mark.parametrize("shard_tokens", [700, 20_000])
+def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens, monkeypatch):
     """Guards document order across workers, documents longer than a shard (a crash in the original) and odd text."""
-    # more than are given out to two workers at a time, and no two stretches alike
+    monkeypatch.setattr(fineweb, "TASK_CHARACTERS", 1000)  # more tasks than are given out at a time, no two alike
     texts = [text for i in range(40) for text in (*TRICKY, f"document {i}")]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     manifest = prepare(source, tmp_path / "out", "bytes", shard_tokens=shard_tokens, workers=workers)
@@ -77,15 +76,19 @@ def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens
     assert manifest["documents"] == len(texts)
 
 
-def test_real_parquet_under_spawn_equals_a_plain_loop(tmp_path, shared_data):
+@pytest.mark.parametrize("method, workers", [("fork", 4), ("spawn", 2)])
+def test_real_parquet_equals_a_plain_loop(tmp_path, shared_data, method, workers):
     """Guards the start method of macOS and Windows, where the original, which has no main guard, breaks."""
     script = tmp_path / "spawned.py"
     script.write_text(
         "import multiprocessing\nimport fineweb\n"
-        "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n    fineweb.main()\n"
+        f"if __name__ == '__main__':\n    multiprocessing.set_start_method('{method}')\n    fineweb.main()\n"
     )
     flags = ["--source", shared_data / "fineweb", "--out_dir", tmp_path / "out", "--shard_tokens", "400_000"]
-    command, environment = [sys.executable, script, *flags, "--workers", "2"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    command, environment = (
+        [sys.executable, script, *flags, "--workers", str(workers)],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     texts = []
@@ -94,6 +97,7 @@ def test_real_parquet_under_spawn_equals_a_plain_loop(tmp_path, shared_data):
     assert len(texts) == 2000
     assert shard_files(tmp_path / "out") == reference_files(texts, get_encoding("gpt2"), 400_000)
     assert "3,159,411 tokens, 2,000 documents, 8 shards" in done.stdout
+    fineweb.verify_shards(tmp_path / "out")
 
 
 def test_the_command_writes_gpt2_tokens_with_its_own_workers(tmp_path, shared_data, run_script):
@@ -102,6 +106,18 @@ def test_the_command_writes_gpt2_tokens_with_its_own_workers(tmp_path, shared_da
     done = run_script("fineweb.py", "--source", source, "--out-dir", tmp_path / "out", "--shard-tokens", 99)
     assert (done.returncode, done.stderr) == (0, "")
     assert shard_files(tmp_path / "out") == reference_files(TRICKY * 10, get_encoding("gpt2"), 99)
+
+
+@pytest.mark.slow
+def test_ten_megabytes_of_one_character_are_a_document(tmp_path):
+    """Guards the worst text for a merging tokenizer, for which its regular expression makes one piece of everything."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["a" * 10_000_000, "b"])
+    prepare(source, tmp_path / "out", shard_tokens=1_000_000, workers=2)
+    tokens = np.concatenate(
+        [open_shard(path) for split in ("val", "train") for path in find_shards(tmp_path / "out", split)]
+    )
+    assert tokens[[0, -2]].tolist() == [50256, 50256]
+    assert get_encoding("gpt2").decode(tokens[1:-2].tolist()) == "a" * 10_000_000
 
 
 def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):
@@ -136,11 +152,17 @@ def test_max_tokens_cuts_the_stream_exactly(tmp_path):
 
 def test_the_source_is_read_only_as_fast_as_it_is_tokenized():
     """Guards memory: a pool's imap or map would draw this endless source in before it gave anything back."""
-    drawn = itertools.count()
-    arrays = encode_all((f"text {next(drawn)}" for _ in itertools.count()), "bytes", workers=2)
-    assert next(arrays).dtype == np.uint16
+    drawn = []
+
+    def tasks():
+        while True:
+            drawn.append(["a text"])
+            assert len(drawn) < 20
+            yield drawn[-1]
+
+    arrays = encode_all(tasks(), "bytes", workers=2)
+    assert [next(arrays).size for _ in range(5)] == [7] * 5
     arrays.close()
-    assert next(drawn) < 1000
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------
@@ -160,9 +182,9 @@ def test_workers_encode_as_encode_ordinary_does(name, shared_data):
     """Guards the fast path in the workers, which lone surrogates and special tokens could part from encode_ordinary."""
     encoding = get_encoding(name)
     for text in [*TRICKY, "a" * 1_000_000, (shared_data / "text/tinyshakespeare.txt").read_text()[:100_000]]:
-        tokens = fineweb.encode_texts([text], name)
+        tokens = fineweb.encode_task([text], name)
         assert tokens.tolist() == [encoding.eot_token, *encoding.encode_ordinary(text)]
-    assert fineweb.encode_texts(["Hello, I'm a language model,"], "gpt2").tolist() == [
+    assert fineweb.encode_task(["Hello, I'm a language model,"], "gpt2").tolist() == [
         50256, 15496, 11, 314, 1101, 257, 3303, 2746, 11,
     ]  # fmt: skip
 
@@ -301,14 +323,22 @@ def test_the_manifest_describes_the_files(finished):
     """Guards the contract by which other programs learn encoding, source, lengths and hashes."""
     manifest = read_manifest(finished)
     files = shard_files(finished)
-    assert manifest["shards"] == {
-        name: {"tokens": (len(data) - 128) // 2, "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in sorted(files.items(), key=lambda item: item[0][-10:])
-    }
+    assert list(manifest["shards"]) == sorted(files, key=lambda name: name[-10:])
+    taken = 0
+    for name, entry in manifest["shards"].items():
+        tokens = open_shard(finished / name)
+        taken += tokens.size
+        assert entry == {
+            "tokens": tokens.size,
+            "documents": np.count_nonzero(tokens == 256),
+            "sha256": hashlib.sha256(files[name]).hexdigest(),
+            "end": {"task": 0, "tokens": taken},  # all of this source is one task
+        }
     tokens = sum(len(data) - 128 for data in files.values()) // 2
     expected = {"encoding": "bytes", "vocab_size": 257, "shard_tokens": 300, "max_tokens": None, "finished": True}
     expected |= {"source": str(finished.parent / "in.jsonl"), "documents": len(TRICKY), "tokens": tokens}
     assert {key: manifest[key] for key in expected} == expected
+    expected |= {"node": 0, "nodes": 1}
     assert set(manifest) == {*expected, "revision", "shards"}
     assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json"])
 
@@ -320,9 +350,13 @@ def test_a_finished_folder_is_left_alone(finished, capsys):
     assert prepare(source, finished, "bytes", shard_tokens=300) == read_manifest(finished)
     assert "is complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == times
-    (finished / "edufineweb_train_000001.npy").unlink()
-    with pytest.raises(DataError, match="edufineweb_train_000001.npy is missing"):
-        prepare(source, finished, "bytes", shard_tokens=300)
+    before, path = shard_files(finished), finished / "edufineweb_train_000001.npy"
+    for damage in ("is missing", "does not hold its 300 tokens"):
+        path.unlink() if damage == "is missing" else np.save(path, open_shard(path)[:-1].copy())
+        with pytest.raises(DataError, match=f"edufineweb_train_000001.npy {damage}: run "):
+            find_shards(finished, "train")
+        prepare(source, finished, "bytes", shard_tokens=300)  # mends it
+        assert shard_files(finished) == before and find_shards(finished, "train")
 
 
 def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
@@ -352,36 +386,17 @@ def test_other_shards_are_never_overwritten(finished, change, shared_data):
 
 def test_a_failing_source_leaves_whole_shards_and_no_finished_manifest(tmp_path):
     """Guards the original's failure: an interrupted run that looks like a complete one."""
-    source = Path(write_jsonl(tmp_path / "in.jsonl", TRICKY * 100))
+    texts = TRICKY * 2000
+    source = Path(write_jsonl(tmp_path / "in.jsonl", texts))
     source.write_text(source.read_text() + '{"text": "cut o')
-    with pytest.raises(DataError, match="in.jsonl cannot be read after row 700 .JSONDecodeError"):
-        prepare(str(source), tmp_path / "out", "bytes", shard_tokens=500, workers=2)
-    expected = reference_files(TRICKY * 100, get_encoding("bytes"), 500)
+    with pytest.raises(DataError, match="in.jsonl cannot be read after row 14000 .JSONDecodeError"):
+        prepare(str(source), tmp_path / "out", "bytes", shard_tokens=10_000, workers=1)
+    expected = reference_files(texts, get_encoding("bytes"), 10_000)
     left = shard_files(tmp_path / "out")
     assert len(left) > 9 and left.items() <= expected.items()
     assert sorted(os.listdir(tmp_path / "out")) == sorted([*left, "manifest.json"])  # nothing temporary either
     with pytest.raises(DataError, match="out is unfinished"):
         find_shards(tmp_path / "out", "train")
-
-
-def test_a_killed_run_leaves_nothing_half_written_and_starts_over(tmp_path):
-    """Guards every moment of writing: a file that bears a shard's name is whole; the same command mends the rest."""
-    out = tmp_path / "out"
-    flags = ["--source", "stdlib", "--encoding", "bytes", "--shard_tokens", "100_000", "--workers", "1"]
-    command = [sys.executable, ROOT / "fineweb.py", *flags, "--out_dir", out]
-    for shards in (9, 3):  # the second run dies before it is as far as the first: what that left must be gone by then
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            for _ in range(shards):
-                assert process.stdout.readline().startswith(b"edufineweb_")  # a line a shard
-            process.kill()
-        killed = read_manifest(out)
-        assert not killed["finished"] and shards <= len(shard_files(out)) < 100
-        for name, data in shard_files(out).items():
-            assert hashlib.sha256(data).hexdigest() == killed["shards"][name]["sha256"]
-    manifest = prepare("stdlib", out, "bytes", shard_tokens=100_000, workers=1)
-    assert manifest["finished"] and manifest["shards"].items() >= killed["shards"].items()
-    for name, data in shard_files(out).items():
-        assert hashlib.sha256(data).hexdigest() == manifest["shards"][name]["sha256"]
 
 
 def test_a_file_has_no_name_before_it_is_whole(tmp_path):
@@ -396,6 +411,10 @@ def test_a_file_has_no_name_before_it_is_whole(tmp_path):
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def texts_of(source):
+    return [text for task in fineweb.open_source(str(source), None)[0] for text in fineweb.read_texts(task)]
 
 
 def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
@@ -414,16 +433,28 @@ def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
     (corpus / "g.txt.gz").write_bytes(gzip.compress(b"zipped text\r\n"))
     expected = ["parquet 1", "2", "a text\r\nof lines\n\n\u2028", "array 1", "array 2", "line 1", "line 2"]
     expected += ["2024-01-01", "\ud800 \u2028 same row", "zipped", "zipped text\r\n"]
-    assert list(fineweb.open_source(str(corpus), None)[0]) == expected
-    assert list(fineweb.open_source(str(corpus / "*.json"), None)[0]) == expected[3:7]
-    assert list(fineweb.open_source(str(corpus / "b.txt"), None)[0]) == expected[2:3]
+    assert texts_of(corpus) == expected
+    assert texts_of(corpus / "*.json") == expected[3:7]
+    assert texts_of(corpus / "b.txt") == expected[2:3]
 
 
-def test_hub_rows_are_streamed_by_datasets(tmp_path):
-    """Guards the one call into `datasets`, which opens a folder as it opens the Hub."""
-    pa.parquet.write_table(pa.table({"text": ["one", "two"], "id": [1, 2]}), tmp_path / "train-00000.parquet")
-    pa.parquet.write_table(pa.table({"text": ["three"], "id": [3]}), tmp_path / "train-00001.parquet")
-    assert list(fineweb.hub_texts(str(tmp_path), None, "main")) == ["one", "two", "three"]
+def test_a_large_row_group_is_read_in_pieces(tmp_path):
+    """Guards memory: many parquet files are one row group, and workers would each hold one with all its texts."""
+    texts = [f"{i} " + os.urandom(5000).hex() for i in range(6000)]
+    table = pa.table({"meta": [{"text": "no"}] * len(texts), "text": texts})
+    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10_000, use_dictionary=False)
+    before, tasks = pa.total_allocated_bytes(), fineweb.parquet_tasks(str(tmp_path / "a.parquet"))
+    first = next(tasks)
+    assert sum(map(len, first)) < 2e6 and pa.total_allocated_bytes() - before < 30e6
+    assert [text for task in (first, *tasks) for text in task] == texts
+
+
+def test_other_formats_are_streamed_by_datasets(tmp_path):
+    """Guards what we have no reader for; `datasets` opens a folder as it opens the Hub."""
+    (tmp_path / "train.csv").write_text("text,id\none,1\ntwo,2\n")
+    assert list(fineweb.hub_tasks(str(tmp_path), None, "main")) == [["one", "two"]]
+    with pytest.raises(DataError, match="has no split `train` to stream"):
+        list(fineweb.hub_tasks(str(tmp_path), "no-such-config", "main"))
 
 
 @pytest.mark.parametrize(
@@ -483,8 +514,16 @@ def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished)
         "wrong.parquet has no column `text` (it has body, id)": ["--source", tmp_path / "wrong.parquet"],
         f"{finished} holds shards of other settings": ["--source", "stdlib", "--out_dir", finished],
         "--encoding gpt2 or --encoding bytes": ["--encoding", "bits"],
+        "--pretokenized takes shards as they are": ["--pretokenized", "some-org/some-shards"],
+        "some-org/some-shards is neither a file here nor": [
+            "--pretokenized",
+            "some-org/some-shards",
+            "--encoding",
+            "gpt2",
+        ],
+        "no shards in absent": ["--verify", "absent"],
         "--shard_tokens": ["--source", "stdlib", "--shard_tokens", "1_000", "--max_tokens", "1_000"],
-        "HuggingFaceFW/fineweb-edu:sample-10BT is no file here": [],
+        "HuggingFaceFW/fineweb-edu is neither a file here": [],
         str(tmp_path / "wrong.parquet"): ["--source", "stdlib", "--out_dir", tmp_path / "wrong.parquet" / "below"],
     }
     for message, flags in mistakes.items():
@@ -500,7 +539,8 @@ def test_help_is_quick_and_names_the_flags(run_script):
     start = time.time()
     done = run_script("fineweb.py", "--help")
     assert time.time() - start < 3 and done.returncode == 0
-    for flag in ("--source", "--out_dir", "--encoding", "--shard_tokens", "--max_tokens", "--workers"):
+    for flag in ("--source", "--out_dir", "--encoding", "--shard_tokens", "--max_tokens", "--workers",
+                 "--pretokenized", "--verify"):  # fmt: skip
         assert f" {flag} " in done.stdout
 
 
