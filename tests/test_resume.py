@@ -306,8 +306,8 @@ def test_signals_save_and_stop(text_shards, tmp_path, phase, processes, name):
     run = Program(*flags, "--resume", processes=processes)
     run.wait_for(pattern)
     time.sleep(0.3)
-    # one of two processes, or, since rank 0 samples alone, torchrun, which passes it on to both
-    one_of_two = processes > 1 and phase != "sampling"
+    # one of two processes, where both meet at each micro-step; else torchrun, which passes it on to both
+    one_of_two = processes > 1 and phase == "training"
     os.kill(worker(run.process, rank=1) if one_of_two else run.process.pid, getattr(signal, name))
     sent = time.monotonic()
     code = run.end()
