@@ -166,8 +166,8 @@ def test_newest_checkpoints_are_kept(undisturbed, text_shards, run_script, tmp_p
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_checkpoint_is_of_its_moment(tmp_path):
-    """Training changes the tensors while the thread writes: what is saved must be as it was when save was called."""
+def test_checkpoint_is_of_its_moment_and_finite(tmp_path, capsys):
+    """Training changes the tensors while the thread writes: what is saved is as it was then, and is never NaN."""
     model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     config = train_gpt2.TrainConfig(out_dir=str(tmp_path))
     optimizers = train_gpt2.configure_optimizers(model, config)
@@ -189,6 +189,12 @@ def test_checkpoint_is_of_its_moment(tmp_path):
         update()
         free.set()
         writer.finish()
+        with torch.no_grad():
+            model.lm_head.weight[5, 5] = float("nan")
+        writer.save(4, skipped=0)
+        with pytest.raises(train_gpt2.ConfigError, match="lacks the checkpoint of step 4"):
+            writer.finish()
+        assert "weights are not finite" in capsys.readouterr().err and steps_saved(tmp_path) == ["step_000003"]
     folder = tmp_path / "checkpoints" / "step_000003"
     saved = train_gpt2.GPT.from_pretrained(folder).state_dict()
     assert all(torch.equal(saved[name][:257], before[name][:257]) for name in before)
