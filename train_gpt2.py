@@ -25,7 +25,9 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -555,27 +557,36 @@ class Stopped(Exception):
 class StopSignal:
     """Notes SIGTERM, SIGINT or SIGUSR1 while it is entered, for the run to stop where its state can be saved.
 
-    A second signal ends the process at once. One that comes within half a second is the first again: a scheduler may
-    signal torchrun and its processes, and torchrun then passes it on to them.
+    A second signal ends the process at once, even one that hangs, since a thread watches. What comes within half a
+    second is the first one's echo: a scheduler may signal torchrun and its processes, and torchrun passes it on.
     """
 
     def __init__(self):
-        self.received, self.time = None, 0.0
+        self.received = None  # the signal's name
 
     def __enter__(self):
         names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        self.writer, reader = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno())  # to which each signal's number is written as it arrives
+        threading.Thread(target=self._watch, args=[reader], daemon=True).start()
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self.writer.close()
 
-    def _receive(self, number, _):
-        if self.received and time.monotonic() - self.time > 0.5:
-            os._exit(128 + number)
-        if not self.received:
-            self.received, self.time = signal.Signals(number).name, time.monotonic()
+    def _watch(self, reader):
+        first = math.inf
+        while number := reader.recv(1):
+            if time.monotonic() - first > 0.5:
+                os._exit(128 + number[0])
+            if not self.received:
+                self.received, first = signal.Signals(number[0]).name, time.monotonic()
+        reader.close()
 
 
 @dataclass(frozen=True)
@@ -649,14 +660,14 @@ def fresh_store(rank):
     torchrun's store outlives a restart, and with it the addresses of processes that are gone (pytorch issue 167288).
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    torchruns = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    agent_store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
     if rank == 0:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        torchruns.set("port of rank 0", str(store.port))
+        agent_store.set("port of rank 0", str(store.port))
         return store
     while True:
         try:
-            port = int(torchruns.get("port of rank 0"))
+            port = int(agent_store.get("port of rank 0"))
             store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
             store.set_timeout(TIMEOUT)
             return store
@@ -717,8 +728,10 @@ def validation_loss(model, loader, val_tokens, runtime):
     B, T = loader.B, loader.T
     rows = min(val_tokens // T, loader.num_rows)
     losses, counts = [], []
-    for first in range(runtime.rank * B, rows, runtime.world_size * B):
-        if runtime.stop.received:
+    for round_start in range(0, rows, runtime.world_size * B):
+        runtime.raise_if_stopped()
+        first = round_start + runtime.rank * B
+        if first >= rows:
             break
         x, y = loader.rows(range(first, first + B))
         y = y.clone()  # x and y are views of the same tokens
@@ -729,7 +742,6 @@ def validation_loss(model, loader, val_tokens, runtime):
         counts.append(min(B, rows - first) * T)
     losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
     total = (losses * torch.tensor(counts, dtype=torch.float64)).sum()
-    runtime.raise_if_stopped()
     return runtime.sum_over_ranks(total).item() / (rows * T)
 
 
@@ -783,10 +795,22 @@ def print_samples(raw_model, encoding, config, runtime):
         print(f"sample {i}: {encoding.decode(row)}", flush=True)
 
 
-def write_log(out_dir, step, **values):
-    """Append `step stream value` lines to log.txt: build-nanogpt's grammar."""
-    with open(Path(out_dir) / "log.txt", "a") as f:
-        f.writelines(f"{step} {stream} {value:.8g}\n" for stream, value in values.items())
+class Log:
+    """OUT/log.txt: a `step stream value` a line, build-nanogpt's grammar. What a full disk refuses waits in memory."""
+
+    def __init__(self, out_dir):
+        self.path, self.waiting = Path(out_dir) / "log.txt", b""
+
+    def write(self, step, **values):
+        """Append a line for each value."""
+        refused = bool(self.waiting)
+        self.waiting += "".join(f"{step} {stream} {value:.8g}\n" for stream, value in values.items()).encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                self.waiting = self.waiting[file.write(self.waiting) :]  # a disk about to be full takes a part
+        except OSError as error:
+            if not refused:
+                print(f"warning: {self.path} cannot be written ({error}), its lines wait", file=sys.stderr, flush=True)
 
 
 def read_log(path):
@@ -875,7 +899,7 @@ def training_state(step, skipped, run, config):
         "scaler": run.scaler.state_dict(),
         "loader": run.loader.position,
         "rng": torch.get_rng_state(),
-        "data": run.data,
+        "fingerprint": run.fingerprint,
         "config": {**asdict(run.raw_model.config), **asdict(config)},
     }
 
@@ -926,12 +950,13 @@ class CheckpointWriter:
                 raise ConfigError("its weights are not finite")
             folder = save_checkpoint(config.out_dir, run.raw_model, run.encoding, state, weights)
             print(f"saved {folder}\n", end="", flush=True)  # a whole line at once, for training prints too
-            for folder in hellaswag.list_checkpoints(config.out_dir)[: -config.keep_checkpoints]:
-                delete_checkpoint(folder)
         except Exception as error:  # of the system, of torch or of safetensors, each in its own way
             reason = f"{hellaswag.one_line(error)}: the older checkpoints stay, the next evaluation tries again"
             print(f"error: saving step {state['step']} failed, {reason}\n", end="", file=sys.stderr, flush=True)
             raise
+        for folder in hellaswag.list_checkpoints(config.out_dir)[: -config.keep_checkpoints]:
+            with suppress(OSError):  # one that another program has open goes the next time
+                delete_checkpoint(folder)
 
 
 def delete_checkpoint(folder):
@@ -939,76 +964,82 @@ def delete_checkpoint(folder):
     doomed = folder.with_name(f".{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def lock_out_dir(out_dir):
     """Make the output folder, and lock it for as long as this process lives, however it ends. Raises ConfigError."""
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(out_dir) / ".lock")
+    path = Path(out_dir) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
         return lock
     except Timeout:
-        raise ConfigError(f"another run is writing to {out_dir}: wait for its end, or give another --out_dir") from None
+        mend = "wait for its end or give another --out_dir"
+        unlocked = f"where a file system without locks has kept {path} from a run that was killed, delete it"
+        raise ConfigError(f"another run is writing to {out_dir}: {mend}; {unlocked}") from None
 
 
 def load_checkpoint(out_dir, runtime):
-    """The newest checkpoint that can be read, as (training state, weights) on the CPU; (None, None) if there is none.
+    """The newest checkpoint that is whole: (training state, weights, folders of newer ones that are damaged).
 
-    Those that cannot be read are named and set aside. Raises ConfigError where none can, or where the processes do not
-    see the same ones.
+    All on the CPU; (None, None, []) if there is none. Raises ConfigError where all are damaged, where the disk fails,
+    or where the processes do not see the same ones.
     """
     from safetensors.torch import load_file
 
-    state, weights, broken = None, None, []
+    state, weights, damaged = None, None, []
     for folder in reversed(hellaswag.list_checkpoints(out_dir)):
         try:
             saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-            if lacking := {"step", "skipped", "optimizers", "scaler", "loader", "rng", "data", "config"} - saved.keys():
+            needed = {"step", "skipped", "optimizers", "scaler", "loader", "rng", "fingerprint", "config"}
+            if lacking := needed - saved.keys():
                 raise ValueError(f"its training_state.pt lacks {min(lacking)}")
             state, weights = saved, load_file(folder / "model.safetensors")
             break
-        except Exception as error:  # of zip, pickle, safetensors or the system: whatever a broken file makes them raise
-            runtime.print0(f"warning: cannot resume from {folder}: {hellaswag.one_line(error)}")
-            broken.append(folder)
+        except Exception as error:  # of zip, pickle, safetensors, …: whatever a damaged file makes its readers raise
+            reason = hellaswag.one_line(error)
+            if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
+                raise ConfigError(f"cannot read {folder} ({reason}): mend that, and --resume") from error
+            runtime.print0(f"warning: {folder} is damaged: {reason}")
+            damaged.append(folder)
     step = state and state["step"]
     if runtime.from_rank0(step) != step:
         raise ConfigError(f"the processes see different checkpoints in {out_dir}: it must be a folder that all share")
-    if broken and not state:
-        raise ConfigError(f"no checkpoint in {out_dir} can be read: start anew with --overwrite")
-    for folder in broken if runtime.rank == 0 else ():
-        aside = folder.with_name(f"{folder.name}.unreadable")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-    return state, weights
+    if damaged and not state:
+        raise ConfigError(f"all checkpoints in {out_dir} are damaged: move them away, or give another --out_dir")
+    return state, weights, damaged
 
 
-# What a resumed run may change at will: where and how it computes, and what it measures on the way. It may never change
-# what the saved tensors and the position in the data depend on, and the rest (rates, batch, data) only by --override.
+# What a resumed run may change at will: where and how it computes, and what it measures on the way; and what it may
+# change when --override names it. All else shapes the saved tensors or the rows of the data.
 CHANGEABLE = frozenset(
     "preset data_dir out_dir resume overwrite override micro_batch device dtype compile flash vocab_size eval_interval "
     "val_tokens save_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens hellaswag_file".split()
 )
-UNCHANGEABLE = frozenset("block_size n_layer n_head n_embd seq_len optimizer".split())
+OVERRIDABLE = frozenset(
+    "data_dir grad_clip init_from lr max_steps min_lr_ratio seed shuffle total_batch_tokens warmup_steps "
+    "weight_decay".split()
+)
 
 
-def check_resumable(state, model_config, config, data):
+def check_resumable(state, model_config, config, fingerprint):
     """Raise ConfigError with what a run would do differently from the one that it goes on from, a line for each."""
     errors, here = [], f"the run in {config.out_dir}"
     before, now = state["config"], asdict(config) | ({} if config.init_from else asdict(model_config))
     for name in sorted(now.keys() & before.keys() - CHANGEABLE):
         if now[name] != before[name] and name not in config.override:
-            way_out = "start another --out_dir" if name in UNCHANGEABLE else f"allow it with --override {name}"
+            way_out = f"allow it with --override {name}" if name in OVERRIDABLE else "start another --out_dir"
             errors.append(f"--{name} is {now[name]}, {here} has {before[name]}: give that, or {way_out}")
-    before = state["data"]
-    if data["encoding"] != before["encoding"]:
+    before, now = state["fingerprint"], fingerprint
+    if now["encoding"] != before["encoding"]:
         way_out = "give its --data_dir, or start another --out_dir"
-        errors.append(f"{config.data_dir} has {data['encoding']} tokens, {here} {before['encoding']} tokens: {way_out}")
+        errors.append(f"{config.data_dir} has {now['encoding']} tokens, {here} {before['encoding']} tokens: {way_out}")
     elif "data_dir" not in config.override:
-        changed = sorted(name for name in data | before if data.get(name) != before.get(name))
+        changed = sorted(name for name in now | before if now.get(name) != before.get(name))
         for name in changed[:1]:
-            change = f"is {data.get(name, 'gone')}, {here} has had {before.get(name, 'no such shard')}"
+            change = f"is {now.get(name, 'gone')}, {here} has had {before.get(name, 'no such shard')}"
             others = f" ({len(changed) - 1} other shards differ too)" if changed[1:] else ""
             way_out = "restore the data, or allow it with --override data_dir"
             errors.append(f"{Path(config.data_dir, name)} {change}{others}: {way_out}")
@@ -1027,34 +1058,43 @@ def restore(state, optimizers, scaler, loader):
     torch.set_rng_state(state["rng"])
 
 
-def open_out_dir(out_dir, resumed_step):
-    """Rid the output folder of the run in it, or of what it holds from beyond the step that a run resumes at.
+def open_out_dir(config, resumed_step, damaged):
+    """Rid the output folder of the run that --overwrite gives up, or of what is from beyond the step to resume at.
 
-    Touches log.txt, curve.png and checkpoints, nothing else. Returns whether the log has that step's evaluation.
+    Touches log.txt, curve.png and checkpoints, nothing else; damaged checkpoints are set aside. Returns whether the log
+    has that step's evaluation. Raises ConfigError.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(config.out_dir)
     for unfinished in out_dir.glob("checkpoints/.step_*"):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
     if resumed_step is not None:
         return cut_log(out_dir / "log.txt", resumed_step)
+    for folder in hellaswag.list_checkpoints(out_dir):
+        if not config.overwrite:
+            raise ConfigError(f"{folder} has appeared since this run was started: start it again")
+        delete_checkpoint(folder)
     for name in ("log.txt", "curve.png"):
         (out_dir / name).unlink(missing_ok=True)
-    for folder in hellaswag.list_checkpoints(out_dir):
-        delete_checkpoint(folder)
     return False
 
 
 def cut_log(path, step):
     """Drop a log's lines from beyond the state at this step. Returns whether its evaluation is among the rest."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept, evaluated = [], False
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+    for line in lines:
         number, stream, *_ = [*line.split(), "", ""]
         evaluation = number == str(step) and stream in ("val", "hella")
         if number.isdigit() and (int(number) < step or evaluation) and line.endswith("\n"):
             kept.append(line)
             evaluated |= evaluation
-    with fineweb.atomic_write(path) as file:
-        file.write("".join(kept).encode())
+    if len(kept) < len(lines):
+        with fineweb.atomic_write(path) as file:
+            file.write("".join(kept).encode())
     return evaluated
 
 
@@ -1070,9 +1110,10 @@ class Run(NamedTuple):
     scaler: torch.amp.GradScaler
     loader: DataLoaderLite
     val_loader: DataLoaderLite
-    data: dict  # what tells the data from other data
+    fingerprint: dict  # of the data
     encoding: tiktoken.Encoding
     hellaswag_rows: list | None
+    log: Log
 
 
 def wrap_model(raw_model, runtime):
@@ -1129,8 +1170,9 @@ def evaluate(step, run, config, runtime):
             results["hella"] = hellaswag_accuracy(run.raw_model, run.encoding, run.hellaswag_rows, runtime)
         runtime.print0(f"step {step:5d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in results.items()))
         if runtime.rank == 0:
-            write_log(config.out_dir, step, **results)
-            draw_curve(config.out_dir, fineweb.read_manifest(config.data_dir))
+            run.log.write(step, **results)
+            with suppress(OSError):  # of a full disk, which the log has named
+                draw_curve(config.out_dir, fineweb.read_manifest(config.data_dir))
     if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
         print_samples(run.raw_model, run.encoding, config, runtime)
 
@@ -1160,10 +1202,11 @@ def set_up(model_config, config, runtime, state, weights):
     layout = config.micro_batch, config.seq_len, runtime.rank, runtime.world_size
     loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed)
     val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False)
-    data = {"encoding": encoding.name, **val_loader.fingerprint(), **loader.fingerprint()}
+    fingerprint = {"encoding": encoding.name, **val_loader.fingerprint(), **loader.fingerprint()}
     if state:
-        check_resumable(state, model_config, config, data)
-        raw_model = GPT(GPTConfig(**{name: state["config"][name] for name in asdict(model_config)}))
+        check_resumable(state, model_config, config, fingerprint)
+        shape = {name: state["config"][name] for name in asdict(model_config)}
+        raw_model = GPT(GPTConfig(**shape | {"flash": model_config.flash}))
         raw_model.load_pretrained_weights(weights)
     else:
         raw_model = load_model(model_config, encoding, config)
@@ -1174,7 +1217,8 @@ def set_up(model_config, config, runtime, state, weights):
     if state:
         restore(state, optimizers, scaler, loader)
     model = wrap_model(raw_model, runtime)
-    return Run(raw_model, model, optimizers, scaler, loader, val_loader, data, encoding, hellaswag_rows)
+    log = Log(config.out_dir)
+    return Run(raw_model, model, optimizers, scaler, loader, val_loader, fingerprint, encoding, hellaswag_rows, log)
 
 
 def train(model_config, config, runtime):
@@ -1182,12 +1226,12 @@ def train(model_config, config, runtime):
 
     Raises Stopped once a signal has come and the state is saved, and ConfigError.
     """
-    state, weights = load_checkpoint(config.out_dir, runtime) if config.resume else (None, None)
+    state, weights, damaged = load_checkpoint(config.out_dir, runtime) if config.resume else (None, None, [])
     run = set_up(model_config, config, runtime, state, weights)
     first_step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
     resumed_step = first_step if state else None
     runtime.print0(describe_run(run, config, runtime, resumed_step))
-    evaluated = runtime.from_rank0(open_out_dir(config.out_dir, resumed_step) if runtime.rank == 0 else None)
+    evaluated = runtime.from_rank0(open_out_dir(config, resumed_step, damaged) if runtime.rank == 0 else None)
     del state, weights
 
     with runtime.stop, ThreadPoolExecutor(max_workers=1) as thread:
@@ -1241,7 +1285,7 @@ def report_step(step, loss, norm, skipped, seconds, run, config, runtime):
     runtime.print0(line)
     if runtime.rank == 0:
         values = {"train": loss, "lr": lr, "norm": norm, "tok_s": tok_s}
-        write_log(config.out_dir, step, **values, **({"skipped": skipped} if skipped else {}))
+        run.log.write(step, **values, **({"skipped": skipped} if skipped else {}))
 
 
 def describe_run(run, config, runtime, resumed_step):
@@ -1283,10 +1327,11 @@ def config_errors(model_config, config):
         errors.append(f"--seed is {config.seed}: it must be from 0 to 2**32 - 1")
     if config.resume and config.overwrite:
         errors.append("--resume and --overwrite exclude each other: give one of them")
-    allowed = asdict(config).keys() - CHANGEABLE - UNCHANGEABLE | {"data_dir"}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.overwrite:
+        errors.append("--overwrite would delete the run that torchrun restarts: give --resume")
     errors += [
-        f"--override {name}: a resumed run can change {', '.join(sorted(allowed))}, so named"
-        for name in config.override if name not in allowed
+        f"--override {name}: a resumed run can change {', '.join(sorted(OVERRIDABLE))}, so named"
+        for name in config.override if name not in OVERRIDABLE
     ]  # fmt: skip
     if config.sample_interval and not config.prompt:
         errors.append("--prompt is empty: samples need something to begin with (--sample_interval 0 turns them off)")

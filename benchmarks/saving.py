@@ -33,7 +33,7 @@ def main(out_dir, repetitions=5):
     for optimizer in optimizers:
         optimizer.step()
     scaler = torch.amp.GradScaler(device, enabled=False)
-    run = Run(model, model, optimizers, scaler, Loader, Loader, {}, fineweb.get_encoding("gpt2"), None)
+    run = Run(model, model, optimizers, scaler, Loader, Loader, {}, fineweb.get_encoding("gpt2"), None, None)
     stalls, writes, blocking = [], [], []
     with ThreadPoolExecutor(max_workers=1) as thread:
         writer = CheckpointWriter(thread, config, run, None)

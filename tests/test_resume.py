@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,7 +181,9 @@ def test_checkpoint_is_of_its_moment_and_finite(tmp_path, capsys):
     update()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     scaler, loader = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(position=8)
-    run = train_gpt2.Run(model, model, optimizers, scaler, loader, loader, {}, fineweb.get_encoding("bytes"), None)
+    run = train_gpt2.Run(
+        model, model, optimizers, scaler, loader, loader, {}, fineweb.get_encoding("bytes"), None, None
+    )
     with ThreadPoolExecutor(max_workers=1) as thread:
         free = threading.Event()
         thread.submit(free.wait)
@@ -238,8 +241,8 @@ def test_other_layout_goes_on_with_the_same_batches(text_shards, run_script, tmp
 
 @pytest.mark.slow
 def test_killed_again_and_again(text_shards, tmp_path, run_script):
-    """25 kills that no program can catch, in steps, saves and evaluations: the weights end as if nothing had been."""
-    flags = [*TINY, "--data_dir", text_shards, "--max_steps", 2000, "--eval_interval", 20, "--val_tokens", 20_000]
+    """27 kills that no program can catch, in steps, saves and evaluations: the weights end as if nothing had been."""
+    flags = [*TINY, "--data_dir", text_shards, "--max_steps", 3000, "--eval_interval", 20, "--val_tokens", 20_000]
     flags += ["--save_interval", 5, "--keep_checkpoints", 2]
     whole = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -254,7 +257,7 @@ def test_killed_again_and_again(text_shards, tmp_path, run_script):
             time.sleep(luck.uniform(0, 0.1))
         else:
             while not list(out.glob("checkpoints/.step_*")) and run.process.poll() is None:
-                pass
+                time.sleep(0.001)
         run.process.kill()
         run.end()
         assert run.process.returncode == -signal.SIGKILL, run.text
@@ -266,7 +269,7 @@ def test_killed_again_and_again(text_shards, tmp_path, run_script):
     done = run_script("train_gpt2.py", *flags, "--out_dir", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_run(out, tmp_path / "whole")
-    assert steps_saved(out) == ["step_001995", "step_002000"]
+    assert steps_saved(out) == ["step_002995", "step_003000"]
 
 
 def worker(torchrun, rank):
@@ -320,8 +323,9 @@ def test_signals_save_and_stop(text_shards, tmp_path, phase, processes, name):
     assert code == EXIT_STOPPED if processes == 1 else code != 0, run.text  # torchrun has exit codes of its own
     stopped = next(at for at, line in zip(run.times, run.lines) if line.startswith("stopped"))
     assert stopped - sent < (run.seconds_to(r"^step +0 \| val") / 2 if phase == "evaluating" else 10)
-    step = {"training": 14, "evaluating": 10, "sampling": 10}[phase]
-    assert f"stopped at step {step}: go on with --resume" in run.lines and "sample 0" not in run.text
+    step = int(re.search(r"stopped at step (\d+): go on with --resume", run.text)[1])
+    assert step >= 14 if phase == "training" else step == 10
+    assert "sample 0" not in run.text
     assert steps_saved(tmp_path / "out") == [f"step_{step:06d}"]
     log = read_log(tmp_path / "out" / "log.txt")
     assert log["train"][0] == list(range(step)) and (10 in log["val"][0]) == (phase != "evaluating")
@@ -348,19 +352,26 @@ def test_signal_during_hellaswag(shared_data, tmp_path, make_shards):
     ] == [0]
 
 
-def test_second_signal_ends_at_once(monkeypatch):
-    """The first is heeded when the state can be saved; who cannot wait sends a second. An echo of the first is none."""
+def test_second_signal_ends_at_once():
+    """Who cannot wait, or sees it hang, sends a second signal. An echo of the first, which torchrun makes, is none."""
     code = (
-        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from train_gpt2 import StopSignal\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport torch\nfrom train_gpt2 import StopSignal\n"
         "with (stop := StopSignal()):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT); time.sleep(0.7)\n"
-        "    print(stop.received, flush=True); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9); print('deaf')\n"
+        "    print('deaf', flush=True); torch.linalg.svd(torch.randn(5000, 5000)); print(stop.received, flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "SIGTERM\n"), done.stderr
+    deaf = Program("-c", code, ROOT, launcher=[])  # for half a minute in one call that no handler interrupts
+    deaf.wait_for("deaf")
+    time.sleep(0.2)
+    for pause in (0.1, 0.8, 0):
+        assert deaf.process.poll() is None
+        deaf.process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+    assert deaf.process.wait(3) == 128 + signal.SIGTERM
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignal():
-        assert signal.getsignal(signal.SIGTERM) != before
+    with (stop := StopSignal()):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        assert stop.received == "SIGINT"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -382,7 +393,7 @@ def test_failing_saves(interrupted, undisturbed, text_shards, tmp_path, run_scri
         line for line in run.lines if re.match(r"error: saving step \d+ failed, .*(too large|No space)", line, re.I)
     ]
     steps = [int(re.search(r"\d+", line)[0]) for line in failures]
-    assert steps == [30, 35, 40], run.text  # the second right after the first, at the next evaluation
+    assert steps[0] == 30 and steps[-1] == 40 and len(steps) >= 2, run.text  # the last right after one that failed
     assert (
         run.lines[-1].startswith(f"error: {interrupted} lacks the checkpoint of step 40")
         and "Traceback" not in run.text
@@ -395,32 +406,26 @@ def test_failing_saves(interrupted, undisturbed, text_shards, tmp_path, run_scri
 
 @pytest.mark.slow
 def test_full_disk(undisturbed, text_shards, tmp_path, run_script):
-    """The same on a real file system that is full, and is given room while the run goes on."""
+    """A real disk, full to the last byte, which is given room while the run goes on: nothing is missing at the end."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small tmpfs cannot be mounted here")
     try:
-        flags = [
-            *TINY,
-            "--data_dir",
-            text_shards,
-            "--out_dir",
-            disk / "out",
-            "--eval_interval",
-            5,
-            "--keep_checkpoints",
-            1,
-        ]
-        (disk / "ballast").write_bytes(bytes(1_200_000))
-        run = Program(*flags)
-        run.wait_for(r"^error: saving step 10 failed")
+        flags = [*TINY, "--data_dir", text_shards, "--out_dir", disk / "out", "--max_steps", 400, "--eval_interval", 5]
+        run = Program(*flags, "--keep_checkpoints", 1)
+        run.wait_for(r"^step +3 \| loss")
+        with suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        run.wait_for(r"^error: saving step \d+ failed")
+        run.wait_for(r"^warning: .*log.txt cannot be written")
         (disk / "ballast").unlink()
         assert run.end() == 0, run.text
-        assert re.search(r"^saved .*step_0000(15|20)", run.text, re.M) and steps_saved(disk / "out") == ["step_000040"]
-        weights = [load_file(out / "checkpoints/step_000040/model.safetensors") for out in (disk / "out", undisturbed)]
-        assert identical(*weights)
+        assert steps_saved(disk / "out") == ["step_000400"]
+        log = read_log(disk / "out" / "log.txt")
+        assert log["train"][0] == list(range(400)) and log["val"][0] == list(range(0, 401, 5))
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
@@ -438,14 +443,14 @@ def test_truncated_checkpoint(interrupted, text_shards, tmp_path, run_script, fi
         assert run_script("sample.py", "--model", broken).returncode == 2
     done = run_script("train_gpt2.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert re.search(f"^warning: cannot resume from {broken}: .+$", done.stdout, re.M)
+    assert re.search(f"^warning: {broken} is damaged: .+$", done.stdout, re.M)
     assert f"resuming {interrupted} at step 10" in done.stdout
     assert steps_saved(interrupted) == [
-        "step_000010", "step_000020", "step_000020.unreadable", "step_000030", "step_000040"
+        "step_000010", "step_000020", "step_000020.damaged", "step_000030", "step_000040"
     ]  # fmt: skip
     for folder in interrupted.glob("checkpoints/step_*"):
         (folder / file).write_bytes(b"")
-    assert "can be read" in error_lines(capsys, *flags)[0] and len(steps_saved(interrupted)) == 5
+    assert "are damaged" in error_lines(capsys, *flags)[0] and len(steps_saved(interrupted)) == 5
 
 
 class Bomb:
@@ -462,10 +467,10 @@ def test_malicious_pickle_never_runs(interrupted, text_shards, tmp_path, monkeyp
         [*TINY, "--data_dir", str(text_shards), "--out_dir", str(interrupted), "--resume", "--max_steps", "40"]
     )
     output = capsys.readouterr().out
-    assert f"warning: cannot resume from {folder}" in output and "at step 10" in output
+    assert f"warning: {folder} is damaged" in output and "at step 10" in output
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(Exception, match="."):  # the bomb is one
-        torch.load(folder.with_name("step_000020.unreadable") / "training_state.pt", weights_only=False)["none"]
+        torch.load(folder.with_name("step_000020.damaged") / "training_state.pt", weights_only=False)["none"]
     assert (tmp_path / "exploded").exists()
 
 
@@ -480,6 +485,23 @@ def test_two_runs_in_one_folder(text_shards, tmp_path, capsys):
     run.process.kill()
     run.end()
     train_gpt2.main([*map(str, flags), "--resume", "--max_steps", "5"])
+
+
+def test_restart_does_not_delete_the_run(interrupted, text_shards, capsys, monkeypatch):
+    """--overwrite in the command that torchrun starts again would delete what the first start has trained."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted]
+    assert "give --resume" in error_lines(capsys, *flags, "--overwrite")[0]
+    assert "step_000020" in steps_saved(interrupted)
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(interrupted, text_shards, capsys):
+    """Where the system refuses to read, all may be well tomorrow: nothing is renamed, skipped or started anew."""
+    state = interrupted / "checkpoints" / "step_000020" / "training_state.pt"
+    state.unlink()
+    state.mkdir()  # reading it is an OSError even for root
+    (line,) = error_lines(capsys, *TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume")
+    assert "cannot read" in line and "step_000020" in line and "step_000020" in steps_saved(interrupted)
 
 
 # --- what may change --------------------------------------------------------------------------------------------------
