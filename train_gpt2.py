@@ -816,7 +816,7 @@ class Log:
 def read_log(path):
     """{stream: (steps, values)} of a log.txt, ours or build-nanogpt's, each a list in the order of the file."""
     streams = {}
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text().rpartition("\n")[0].splitlines():  # what follows the last end is half a line
         step, stream, value = line.split()
         steps, values = streams.setdefault(stream, ([], []))
         steps.append(int(step))
