@@ -799,18 +799,19 @@ class Log:
     """OUT/log.txt: a `step stream value` a line, build-nanogpt's grammar. What a full disk refuses waits in memory."""
 
     def __init__(self, out_dir):
-        self.path, self.waiting = Path(out_dir) / "log.txt", b""
+        self.path, self.waiting, self.refused = Path(out_dir) / "log.txt", b"", False
 
     def write(self, step, **values):
         """Append a line for each value."""
-        refused = bool(self.waiting)
         self.waiting += "".join(f"{step} {stream} {value:.8g}\n" for stream, value in values.items()).encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
                 self.waiting = self.waiting[file.write(self.waiting) :]  # a disk about to be full takes a part
+            self.refused = False
         except OSError as error:
-            if not refused:
+            if not self.refused:
                 print(f"warning: {self.path} cannot be written ({error}), its lines wait", file=sys.stderr, flush=True)
+            self.refused = True
 
 
 def read_log(path):
