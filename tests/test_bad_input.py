@@ -298,6 +298,7 @@ def scripts(tmp_path):
     return folder, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG_FILES)
 def test_a_wrong_official_file_is_named(data, tiny, scripts, wrong):
     """What once went wrong at the file's default place was read as data for good, or blamed on a flag not given."""
