@@ -411,6 +411,8 @@ def hellaswag_rows(shared_data, tmp_path_factory):
     rows = (shared_data / "hellaswag" / "hellaswag_val_600.jsonl").read_text().splitlines(keepends=True)[:40]
     file.write_text("".join(rows))
     return file
+
+
 @pytest.mark.slow
 def test_hellaswag_in_training(web_shards, hellaswag_rows, run_script, tmp_path):
     """HellaSwag is scored at every evaluation, with one process's counts on two, and by hellaswag.py afterwards."""
