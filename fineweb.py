@@ -56,6 +56,8 @@ NO_MANIFEST |= {"documents": 0, "tokens": 0, "shards": None, "finished": True}
 SHARD_NAME = re.compile(r"[^./][^/]*_(train|val)(?:_node\d+)?(?:_(\d+))?\.(npy|bin)$")  # and llm.c's, modded-nanogpt's
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the header's bytes
 SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
+SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what GPT-2's pattern takes for whitespace
+PIECES = re.compile(rf"(?=[{SPACES}][^{SPACES}])(?<=[{SPACES}]{{99}})")  # cuts a text before the last of 100 and more
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")  # name or org/name, :config
 TASK_CHARACTERS = 2**20  # that a worker gets at a time: some 40 ms of its time, and little to hold in memory
 ROW_GROUP_BYTES = 2**25  # of text in a parquet file's row group, up to which a worker takes it as it is
@@ -446,18 +448,33 @@ def stdlib_texts() -> Iterator[str]:
 def encode_task(task: Task, encoding_name: str) -> np.ndarray:
     """Return the tokens of a task's documents, each preceded by <|endoftext|>, as one (n,) uint16 array."""
     encoding = get_encoding(encoding_name)  # built once in each process
-    parts = []
-    for text in read_texts(task):
-        try:
-            parts.append(encoding.encode_to_numpy(text, disallowed_special=()))  # encode_ordinary, but faster
-        except UnicodeEncodeError:  # a lone surrogate, for which encode_ordinary puts U+FFFD
-            parts.append(np.array(encoding.encode_ordinary(text)))
+    parts = [encode_text(text, encoding) for text in read_texts(task)]
     stream = np.empty(len(parts) + sum(part.size for part in parts), dtype=np.uint16)
     end = 0
     for part in parts:
         start, end = end, end + 1 + part.size
         stream[start], stream[start + 1 : end] = encoding.eot_token, part
     return stream
+
+
+def encode_text(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
+    """Return the tokens that encode_ordinary gives, faster, and of texts for which it fails."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        return encode_text(replace_surrogates(text), encoding)
+    except ValueError:  # a million characters of whitespace are too many for the stack of its regular expressions
+        return encode_pieces(text, encoding)
+
+
+def replace_surrogates(text: str) -> str:
+    """Return the text with U+FFFD for each lone surrogate, and one character for a pair, as encode_ordinary has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encode_pieces(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
+    """Return a text's tokens from pieces of it, cut at long whitespace where GPT-2's pattern cuts anyway."""
+    return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) for piece in PIECES.split(text)])
 
 
 def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Iterator[np.ndarray]:

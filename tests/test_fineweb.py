@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -118,6 +120,30 @@ def test_ten_megabytes_of_one_character_are_a_document(tmp_path):
     )
     assert tokens[[0, -2]].tolist() == [50256, 50256]
     assert get_encoding("gpt2").decode(tokens[1:-2].tolist()) == "a" * 10_000_000
+
+
+@pytest.mark.parametrize("length", [1_200_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("character, tokens", [(" ", 1), ("\n", 0.5), ("\u3000", 2)])
+def test_endless_whitespace_is_a_document(character, tokens, length):
+    """Guards the regular expression's stack, which so long a run exhausts; a lone surrogate made a panic of it."""
+    for start, counted in (("", 0), ("\ud800", 1)):
+        stream = fineweb.encode_task([start + character * length + "x"], "gpt2")
+        assert abs(stream.size - counted - tokens * length) < 9
+        text = get_encoding("gpt2").decode(stream[1:].tolist())
+        assert text == start.replace("\ud800", "\ufffd") + character * length + "x"
+
+
+def test_a_text_is_cut_only_where_the_tokenizer_cuts_it(monkeypatch):
+    """Guards the way around that stack: the pieces' tokens are the whole text's, whatever whitespace there is."""
+    encoding, chance, characters = get_encoding("gpt2"), random.Random(1337), range(sys.maxunicode)
+    spaces = [" ", "\n", "\x1c", "\ud800", *(chr(c) for c in characters if chr(c).isspace())]
+    words = ["ab ", "1", "  .", "x'll", "\u200b", "é", "\ud83d\ude00", *spaces]
+    for _ in range(300):
+        runs = (chance.choice([*spaces, " \n", "\t "]) * chance.randrange(300) for _ in range(9))
+        text = "".join(chance.choice(words) + run + chance.choice(words) for run in runs)
+        assert fineweb.encode_pieces(fineweb.replace_surrogates(text), encoding).tolist() == encoding.encode_ordinary(
+            text
+        )
 
 
 def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):
