@@ -196,6 +196,8 @@ def open_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
         raise DataError(f"{path} is no token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
+    if not shard.size:
+        raise DataError(f"{path} holds no tokens: {mend}")
     if path.stat().st_size != shard.offset + shard.nbytes:
         raise DataError(f"{path} is longer than the {shard.size:,} tokens that its header says: {mend}")
     return shard
@@ -278,9 +280,11 @@ def source_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         below = [file for file in path.rglob("*") if file.is_file() and text_format(file) in SUFFIXES]
-        files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        seen = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = [file for file in seen if not MANIFEST_NAME.fullmatch(file.name)]  # of an --out_dir in there
     else:
-        files = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        found = {Path(match) for match in glob.glob(str(path), recursive=True)}  # a set: ** finds a file several times
+        files = [path] if path.exists() else [file for file in found if not MANIFEST_NAME.fullmatch(file.name)]
     if not files:
         raise DataError(f"{source}: no such file, or no {', '.join(SUFFIXES)} file in it: check --source")
     for file in files:
@@ -354,6 +358,9 @@ def parquet_tasks(path: str) -> Iterator[Task]:
     if "text" not in columns:
         raise DataError(f"{path} has no column `text` (it has {', '.join(columns)}): check --source")
     leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]  # of nested columns too
+    if "text" not in leaves:
+        kind = file.schema_arrow.field("text").type
+        raise DataError(f"{path} has a column `text` of {kind}, not of strings: check --source")
     rows = 0
     for index in range(file.num_row_groups):
         group = file.metadata.row_group(index)
@@ -827,7 +834,7 @@ def shard_findings(path: Path, found: dict, entry: dict | None, vocab_size: int)
             yield f"holds {key} {found[key]}, and the manifest says {entry[key]}"
     if shard.max() >= vocab_size:
         yield f"holds token id {shard.max()}, in a vocabulary of {vocab_size:,}"
-    if int(SHARD_NAME.match(path.name)[2] or 0) == 0 and shard[0] != vocab_size - 1:
+    if re.search(r"_(val|node\d+)_0+\.(npy|bin)$", path.name) and shard[0] != vocab_size - 1:
         yield f"begins a stream, and yet with token id {shard[0]} and not with <|endoftext|>"
 
 

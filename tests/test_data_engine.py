@@ -491,9 +491,12 @@ def test_two_nodes_make_one_corpus(corpus, tmp_path, launcher):
     found = documents_of(val + by_node[0]) + documents_of(by_node[1])
     assert sorted(found) == sorted(corpus[1]) and read_manifest(out)["documents"] == len(found)
     verify_shards(out)
-    for path, complaint in ((by_node[1][3], "is missing"), (out / "manifest_node001.json", "is unfinished")):
+    for path, complaint in (
+        (by_node[1][3], "is missing: run `.*`$"),
+        (out / "manifest_node001.json", "is unfinished: run `.*` on each of its 2 nodes$"),
+    ):
         path.unlink()
-        with pytest.raises(DataError, match=f"{complaint}: run `.*` on each of its 2 nodes|{complaint}"):
+        with pytest.raises(DataError, match=complaint):
             find_shards(out, "train")
 
 
@@ -572,6 +575,10 @@ def test_verify_reads_a_folder_without_a_manifest(make_shards, tmp_path, capsys)
     make_shards(tmp_path / "good", {"val": [[50256, 1, 2]], "train": [[3, 50256, 4]]})
     verify_shards(tmp_path / "good")
     assert "6 tokens (gpt2), 2 documents" in capsys.readouterr().out
+    for name in ("good_train.bin", "good_train_000000.bin", "good_val_000001.bin"):  # each continues another
+        header = np.array([20240520, 1, 3] + [0] * 253, dtype=np.int32)
+        (tmp_path / "good" / name).write_bytes(header.tobytes() + np.arange(3, dtype=np.uint16).tobytes())
+    verify_shards(tmp_path / "good")
     make_shards(tmp_path / "bad", {"val": [[1, 2, 3]], "train": [[50257]]})
     with pytest.raises(DataError, match="has faults .2."):
         verify_shards(tmp_path / "bad")

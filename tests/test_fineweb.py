@@ -286,7 +286,8 @@ def test_damaged_or_foreign_shards_are_errors(tmp_path):
         (tmp_path / name).write_bytes(data)
     np.save(tmp_path / "int32_val.npy", np.arange(9, dtype=np.int32))
     np.save(tmp_path / "square_val.npy", np.zeros((3, 3), dtype=np.uint16))
-    for name in [*bad, "int32_val.npy", "square_val.npy"]:
+    np.save(tmp_path / "zero_val.npy", np.zeros(0, dtype=np.uint16))
+    for name in [*bad, "int32_val.npy", "square_val.npy", "zero_val.npy"]:
         with pytest.raises(DataError, match=name):
             open_shard(tmp_path / name)
 
@@ -464,6 +465,17 @@ def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
     assert texts_of(corpus / "b.txt") == expected[2:3]
 
 
+def test_a_file_is_read_once_and_a_manifest_never(tmp_path):
+    """Guards a glob that finds a file by several ways, and an --out_dir inside the source's folder."""
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "a.txt").write_text("a text" * 99)
+    assert texts_of(tmp_path / "**" / "**" / "*.txt") == ["a text" * 99]
+    for source in (tmp_path, tmp_path / "**" / "*.[jt]*"):
+        first = prepare(str(source), tmp_path / "x" / "out", "bytes", shard_tokens=99, workers=1)
+        assert prepare(str(source), tmp_path / "x" / "out", "bytes", shard_tokens=99, workers=1) == first
+        shutil.rmtree(tmp_path / "x" / "out")
+
+
 def test_a_large_row_group_is_read_in_pieces(tmp_path):
     """Guards memory: many parquet files are one row group, and workers would each hold one with all its texts."""
     texts = [f"{i} " + os.urandom(5000).hex() for i in range(6000)]
@@ -502,6 +514,14 @@ def test_bad_files_are_named(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}.* {complaint}"):
         prepare(str(tmp_path / name), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
+
+
+@pytest.mark.parametrize("text", [["a", "b"], {"x": "a"}])
+def test_a_column_of_lists_or_structs_is_no_text(tmp_path, text):
+    """Guards against a traceback where a nested column `text` is not among the file's leaves."""
+    pa.parquet.write_table(pa.table({"text": [text]}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="in.parquet has a column `text` of (list|struct)<.*>, not of strings: check"):
+        prepare(str(tmp_path / "in.parquet"), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
 
 
 @pytest.mark.parametrize("source", ["no.jsonl", "data/no.parquet", "./no", "/no/no", "a/b/c", "*.txt", "~/no/"])
