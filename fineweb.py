@@ -43,6 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
@@ -547,13 +548,14 @@ def manifest_path(out_dir: Path, node: int, nodes: int) -> Path:
     return out_dir / ("manifest.json" if nodes == 1 else f"manifest_node{node:03d}.json")
 
 
-def write_manifest(out_dir: Path, manifest: dict) -> None:
-    """Add up a manifest's shards, and write it."""
+def write_manifest(out_dir: Path, manifest: dict, later: dict | None = None) -> None:
+    """Add up a manifest's shards, and write it; with them those `later` ones that are still there, to be replaced."""
     for count in ("documents", "tokens"):
         manifest[count] = sum(entry.get(count, 0) for entry in manifest["shards"].values())
     out_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(manifest_path(out_dir, manifest["node"], manifest["nodes"])) as file:
-        file.write((json.dumps(manifest, indent=2) + "\n").encode())
+        listed = manifest | {"shards": manifest["shards"] | (later or {})}
+        file.write((json.dumps(listed, indent=2) + "\n").encode())
 
 
 def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) -> None:
@@ -619,21 +621,47 @@ def next_position(manifest: dict) -> dict:
     return list(manifest["shards"].values())[-1]["end"] if manifest["shards"] else {"task": 0, "tokens": 0}
 
 
-def joined(arrays: Iterator[np.ndarray], out_dir: Path, manifest: dict) -> Iterator[np.ndarray]:
-    """Yield the arrays of a run that goes on. Raises DataError if they do not join on to the last shard's tokens."""
+def joined(arrays: Iterator[np.ndarray], out_dir: Path, manifest: dict, later: dict) -> Iterator[np.ndarray]:
+    """Yield the arrays of a run that goes on, and delete the `later` shards, once the first array is there.
+
+    Raises DataError, before it deletes any, if the arrays do not join on to the last shard's tokens.
+    """
+    first = next(arrays, np.empty(0, dtype=np.uint16))
     if manifest["shards"]:
-        name, first = list(manifest["shards"])[-1], next(arrays, np.empty(0, dtype=np.uint16))
+        name = list(manifest["shards"])[-1]
         end = next_position(manifest)["tokens"]
         known = open_shard(out_dir / name)[-end:]
         if not np.array_equal(first[max(0, end - known.size) : end], known):
             mend = f"delete {out_dir} and start over, or name another --out_dir"
             raise DataError(f"{manifest['source']} has other text now than when {out_dir / name} was written: {mend}")
-        yield first
+    for name in later:
+        (out_dir / name).unlink(missing_ok=True)
+    yield first
     yield from arrays
 
 
-def go_on_from(out_dir: Path, settings: dict) -> dict:
-    """Return the manifest to go on from: an earlier run's, up to the first shard that is not there, or an empty one.
+@contextmanager
+def go_on(out_dir: Path, settings: dict) -> Iterator[tuple[dict, dict]]:
+    """Yield what go_on_from returns, and keep every other run from writing it meanwhile. Raises DataError."""
+    manifest, later = go_on_from(out_dir, settings)
+    if manifest["finished"]:  # nothing to write, perhaps where nothing may be written
+        yield manifest, later
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f".{manifest_path(out_dir, settings['node'], settings['nodes']).stem}.lock"
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        mend = "wait for its end or give another --out_dir"
+        unlocked = f"where a file system without locks has kept {path} from a run that was killed, delete it"
+        raise DataError(f"another run is writing to {out_dir}: {mend}; {unlocked}") from None
+    with lock:
+        yield go_on_from(out_dir, settings)  # again, for another run may just have ended
+
+
+def go_on_from(out_dir: Path, settings: dict) -> tuple[dict, dict]:
+    """Return the manifest to go on from: an earlier run's, up to the first shard that is not there, or an empty one;
+    and the entries of its later shards, which are to be written anew.
 
     Raises DataError if the folder holds anything but shards of these settings.
     """
@@ -644,28 +672,32 @@ def go_on_from(out_dir: Path, settings: dict) -> dict:
         if path.name not in (before["shards"] or {}):
             raise DataError(f"{path} is already there, and not of this run: {mend}")
     differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
-    if before["shards"] and differing:
-        raise DataError(f"{out_dir} holds shards of other settings ({', '.join(differing)}): {mend}")
-    manifest = settings | {"shards": {}, "finished": False}
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
+    others = [other for other in out_dir.glob("manifest*") if MANIFEST_NAME.fullmatch(other.name) and other != path]
+    if differing and (before["shards"] or others):
+        what = "shards" if before["shards"] else "manifests"
+        raise DataError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {mend}")
+    manifest, later = settings | {"shards": {}, "finished": False}, {}
     if before["shards"] and path.exists():
         earlier = load_manifest(path)
         whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
         manifest["shards"] = dict(whole)
         if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
-            return earlier
-        if not settings.get("pretokenized"):  # what comes after a lost shard is written anew
-            for name in earlier["shards"].keys() - manifest["shards"].keys():
-                (out_dir / name).unlink(missing_ok=True)
-    return manifest
+            return earlier, later
+        if not settings.get("pretokenized"):
+            if any("end" not in entry for entry in earlier["shards"].values()):
+                reason = "does not say where in the source its shards end, so this run cannot go on after them"
+                raise DataError(f"{path} {reason}: delete {out_dir} and start over, or name another --out_dir")
+            later = {name: entry for name, entry in earlier["shards"].items() if name not in manifest["shards"]}
+    return manifest, later
 
 
 def is_whole(path: Path, entry: dict) -> bool:
-    """Return whether a shard is there in its whole length."""
+    """Return whether a shard is there in its whole length. Raises OSError where the disk cannot say."""
     try:
         return open_shard(path).size == entry["tokens"]
-    except (OSError, DataError):
+    except (FileNotFoundError, DataError):
         return False
 
 
@@ -698,19 +730,18 @@ def prepare(
     tasks, revision = open_source(source, before["revision"] if before["source"] == source else None)
     settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
     settings |= {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "nodes": nodes, "node": node}
-    manifest = go_on_from(out_dir, settings)
-    if manifest["finished"]:
-        return manifest
-
-    write_manifest(out_dir, manifest)
-    done = manifest["tokens"]
-    tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
-    share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
-    if done < share:
-        arrays = encode_all(tasks, encoding, cores() if workers is None else workers)
-        write_shards(joined(arrays, out_dir, manifest), out_dir, manifest, share)
-    manifest["finished"] = True
-    write_manifest(out_dir, manifest)
+    with go_on(out_dir, settings) as (manifest, later):
+        if manifest["finished"]:
+            return manifest
+        write_manifest(out_dir, manifest, later)
+        done = manifest["tokens"]
+        tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
+        share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
+        if done < share:
+            arrays = encode_all(tasks, encoding, cores() if workers is None else workers)
+            write_shards(joined(arrays, out_dir, manifest, later), out_dir, manifest, share)
+        manifest["finished"] = True
+        write_manifest(out_dir, manifest)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"
     seconds = time.time() - start
     print(f"{counts} in {out_dir}, in {seconds:.1f} s ({(manifest['tokens'] - done) / seconds / 1e6:.1f}M tok/s)")
@@ -736,18 +767,18 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
     pinned = before["revision"] if before["source"] == repo else None
     info = None if pinned and before["finished"] else hub_dataset(repo, revision=pinned, files_metadata=True)
     settings = NO_MANIFEST | {"source": repo, "pretokenized": True, "revision": info.sha if info else pinned}
-    manifest = go_on_from(out_dir, settings | {"max_tokens": max_tokens, "node": 0})
-    if manifest["finished"]:
-        return manifest
-    info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
-    chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
-    manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
-    write_manifest(out_dir, manifest)
-    with ThreadPoolExecutor(4) as pool:
-        entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
-        manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
-    manifest["finished"] = True
-    write_manifest(out_dir, manifest)
+    with go_on(out_dir, settings | {"max_tokens": max_tokens, "node": 0}) as (manifest, _):
+        if manifest["finished"]:
+            return manifest
+        info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
+        chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
+        manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
+        write_manifest(out_dir, manifest)
+        with ThreadPoolExecutor(4) as pool:
+            entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
+            manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
+        manifest["finished"] = True
+        write_manifest(out_dir, manifest)
     print(f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(chosen)} shards in {out_dir}")
     return manifest
 

@@ -367,7 +367,7 @@ def test_the_manifest_describes_the_files(finished):
     assert {key: manifest[key] for key in expected} == expected
     expected |= {"node": 0, "nodes": 1}
     assert set(manifest) == {*expected, "revision", "shards"}
-    assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json"])
+    assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json", ".manifest.lock"])
 
 
 def test_a_finished_folder_is_left_alone(finished, capsys):
@@ -384,6 +384,22 @@ def test_a_finished_folder_is_left_alone(finished, capsys):
             find_shards(finished, "train")
         prepare(source, finished, "bytes", shard_tokens=300)  # mends it
         assert shard_files(finished) == before and find_shards(finished, "train")
+
+
+def test_a_manifest_that_says_not_where_shards_end(finished):
+    """Guards folders of an older fineweb.py: usable if finished, and else neither a traceback nor a loss."""
+    source, manifest = str(finished.parent / "in.jsonl"), read_manifest(finished)
+    for entry in manifest["shards"].values():
+        del entry["end"]
+    (finished / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(source, finished, "bytes", shard_tokens=300) == manifest
+    (finished / "edufineweb_train_000002.npy").unlink()
+    before = shard_files(finished)
+    for is_finished in (True, False):
+        (finished / "manifest.json").write_text(json.dumps(manifest | {"finished": is_finished}))
+        with pytest.raises(DataError, match="manifest.json does not say where .*: delete .* and start over"):
+            prepare(source, finished, "bytes", shard_tokens=300)
+        assert shard_files(finished) == before
 
 
 def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
@@ -421,7 +437,9 @@ def test_a_failing_source_leaves_whole_shards_and_no_finished_manifest(tmp_path)
     expected = reference_files(texts, get_encoding("bytes"), 10_000)
     left = shard_files(tmp_path / "out")
     assert len(left) > 9 and left.items() <= expected.items()
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*left, "manifest.json"])  # nothing temporary either
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        [*left, "manifest.json", ".manifest.lock"]
+    )  # nothing temporary either
     with pytest.raises(DataError, match="out is unfinished"):
         find_shards(tmp_path / "out", "train")
 
