@@ -43,6 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
@@ -56,6 +57,8 @@ NO_MANIFEST |= {"documents": 0, "tokens": 0, "shards": None, "finished": True}
 SHARD_NAME = re.compile(r"[^./][^/]*_(train|val)(?:_node\d+)?(?:_(\d+))?\.(npy|bin)$")  # and llm.c's, modded-nanogpt's
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the header's bytes
 SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
+SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what GPT-2's pattern takes for whitespace
+PIECES = re.compile(rf"(?=[{SPACES}][^{SPACES}])(?<=[{SPACES}]{{99}})")  # cuts a text before the last of 100 and more
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")  # name or org/name, :config
 TASK_CHARACTERS = 2**20  # that a worker gets at a time: some 40 ms of its time, and little to hold in memory
 ROW_GROUP_BYTES = 2**25  # of text in a parquet file's row group, up to which a worker takes it as it is
@@ -194,6 +197,8 @@ def open_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
         raise DataError(f"{path} is no token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
+    if not shard.size:
+        raise DataError(f"{path} holds no tokens: {mend}")
     if path.stat().st_size != shard.offset + shard.nbytes:
         raise DataError(f"{path} is longer than the {shard.size:,} tokens that its header says: {mend}")
     return shard
@@ -276,9 +281,11 @@ def source_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         below = [file for file in path.rglob("*") if file.is_file() and text_format(file) in SUFFIXES]
-        files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        seen = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = [file for file in seen if not MANIFEST_NAME.fullmatch(file.name)]  # of an --out_dir in there
     else:
-        files = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        found = {Path(match) for match in glob.glob(str(path), recursive=True)}  # a set: ** finds a file several times
+        files = [path] if path.exists() else [file for file in found if not MANIFEST_NAME.fullmatch(file.name)]
     if not files:
         raise DataError(f"{source}: no such file, or no {', '.join(SUFFIXES)} file in it: check --source")
     for file in files:
@@ -352,6 +359,9 @@ def parquet_tasks(path: str) -> Iterator[Task]:
     if "text" not in columns:
         raise DataError(f"{path} has no column `text` (it has {', '.join(columns)}): check --source")
     leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]  # of nested columns too
+    if "text" not in leaves:
+        kind = file.schema_arrow.field("text").type
+        raise DataError(f"{path} has a column `text` of {kind}, not of strings: check --source")
     rows = 0
     for index in range(file.num_row_groups):
         group = file.metadata.row_group(index)
@@ -446,18 +456,33 @@ def stdlib_texts() -> Iterator[str]:
 def encode_task(task: Task, encoding_name: str) -> np.ndarray:
     """Return the tokens of a task's documents, each preceded by <|endoftext|>, as one (n,) uint16 array."""
     encoding = get_encoding(encoding_name)  # built once in each process
-    parts = []
-    for text in read_texts(task):
-        try:
-            parts.append(encoding.encode_to_numpy(text, disallowed_special=()))  # encode_ordinary, but faster
-        except UnicodeEncodeError:  # a lone surrogate, for which encode_ordinary puts U+FFFD
-            parts.append(np.array(encoding.encode_ordinary(text)))
+    parts = [encode_text(text, encoding) for text in read_texts(task)]
     stream = np.empty(len(parts) + sum(part.size for part in parts), dtype=np.uint16)
     end = 0
     for part in parts:
         start, end = end, end + 1 + part.size
         stream[start], stream[start + 1 : end] = encoding.eot_token, part
     return stream
+
+
+def encode_text(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
+    """Return the tokens that encode_ordinary gives, faster, and of texts for which it fails."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        return encode_text(replace_surrogates(text), encoding)
+    except ValueError:  # a million characters of whitespace are too many for the stack of its regular expressions
+        return encode_pieces(text, encoding)
+
+
+def replace_surrogates(text: str) -> str:
+    """Return the text with U+FFFD for each lone surrogate, and one character for a pair, as encode_ordinary has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encode_pieces(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
+    """Return a text's tokens from pieces of it, cut at long whitespace where GPT-2's pattern cuts anyway."""
+    return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) for piece in PIECES.split(text)])
 
 
 def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Iterator[np.ndarray]:
@@ -523,13 +548,14 @@ def manifest_path(out_dir: Path, node: int, nodes: int) -> Path:
     return out_dir / ("manifest.json" if nodes == 1 else f"manifest_node{node:03d}.json")
 
 
-def write_manifest(out_dir: Path, manifest: dict) -> None:
-    """Add up a manifest's shards, and write it."""
+def write_manifest(out_dir: Path, manifest: dict, later: dict | None = None) -> None:
+    """Add up a manifest's shards, and write it; with them those `later` ones that are still there, to be replaced."""
     for count in ("documents", "tokens"):
         manifest[count] = sum(entry.get(count, 0) for entry in manifest["shards"].values())
     out_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(manifest_path(out_dir, manifest["node"], manifest["nodes"])) as file:
-        file.write((json.dumps(manifest, indent=2) + "\n").encode())
+        listed = manifest | {"shards": manifest["shards"] | (later or {})}
+        file.write((json.dumps(listed, indent=2) + "\n").encode())
 
 
 def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) -> None:
@@ -595,21 +621,47 @@ def next_position(manifest: dict) -> dict:
     return list(manifest["shards"].values())[-1]["end"] if manifest["shards"] else {"task": 0, "tokens": 0}
 
 
-def joined(arrays: Iterator[np.ndarray], out_dir: Path, manifest: dict) -> Iterator[np.ndarray]:
-    """Yield the arrays of a run that goes on. Raises DataError if they do not join on to the last shard's tokens."""
+def joined(arrays: Iterator[np.ndarray], out_dir: Path, manifest: dict, later: dict) -> Iterator[np.ndarray]:
+    """Yield the arrays of a run that goes on, and delete the `later` shards, once the first array is there.
+
+    Raises DataError, before it deletes any, if the arrays do not join on to the last shard's tokens.
+    """
+    first = next(arrays, np.empty(0, dtype=np.uint16))
     if manifest["shards"]:
-        name, first = list(manifest["shards"])[-1], next(arrays, np.empty(0, dtype=np.uint16))
+        name = list(manifest["shards"])[-1]
         end = next_position(manifest)["tokens"]
         known = open_shard(out_dir / name)[-end:]
         if not np.array_equal(first[max(0, end - known.size) : end], known):
             mend = f"delete {out_dir} and start over, or name another --out_dir"
             raise DataError(f"{manifest['source']} has other text now than when {out_dir / name} was written: {mend}")
-        yield first
+    for name in later:
+        (out_dir / name).unlink(missing_ok=True)
+    yield first
     yield from arrays
 
 
-def go_on_from(out_dir: Path, settings: dict) -> dict:
-    """Return the manifest to go on from: an earlier run's, up to the first shard that is not there, or an empty one.
+@contextmanager
+def go_on(out_dir: Path, settings: dict) -> Iterator[tuple[dict, dict]]:
+    """Yield what go_on_from returns, and keep every other run from writing it meanwhile. Raises DataError."""
+    manifest, later = go_on_from(out_dir, settings)
+    if manifest["finished"]:  # nothing to write, perhaps where nothing may be written
+        yield manifest, later
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f".{manifest_path(out_dir, settings['node'], settings['nodes']).stem}.lock"
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        mend = "wait for its end or give another --out_dir"
+        unlocked = f"where a file system without locks has kept {path} from a run that was killed, delete it"
+        raise DataError(f"another run is writing to {out_dir}: {mend}; {unlocked}") from None
+    with lock:
+        yield go_on_from(out_dir, settings)  # again, for another run may just have ended
+
+
+def go_on_from(out_dir: Path, settings: dict) -> tuple[dict, dict]:
+    """Return the manifest to go on from: an earlier run's, up to the first shard that is not there, or an empty one;
+    and the entries of its later shards, which are to be written anew.
 
     Raises DataError if the folder holds anything but shards of these settings.
     """
@@ -620,28 +672,32 @@ def go_on_from(out_dir: Path, settings: dict) -> dict:
         if path.name not in (before["shards"] or {}):
             raise DataError(f"{path} is already there, and not of this run: {mend}")
     differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
-    if before["shards"] and differing:
-        raise DataError(f"{out_dir} holds shards of other settings ({', '.join(differing)}): {mend}")
-    manifest = settings | {"shards": {}, "finished": False}
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
+    others = [other for other in out_dir.glob("manifest*") if MANIFEST_NAME.fullmatch(other.name) and other != path]
+    if differing and (before["shards"] or others):
+        what = "shards" if before["shards"] else "manifests"
+        raise DataError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {mend}")
+    manifest, later = settings | {"shards": {}, "finished": False}, {}
     if before["shards"] and path.exists():
         earlier = load_manifest(path)
         whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
         manifest["shards"] = dict(whole)
         if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
-            return earlier
-        if not settings.get("pretokenized"):  # what comes after a lost shard is written anew
-            for name in earlier["shards"].keys() - manifest["shards"].keys():
-                (out_dir / name).unlink(missing_ok=True)
-    return manifest
+            return earlier, later
+        if not settings.get("pretokenized"):
+            if any("end" not in entry for entry in earlier["shards"].values()):
+                reason = "does not say where in the source its shards end, so this run cannot go on after them"
+                raise DataError(f"{path} {reason}: delete {out_dir} and start over, or name another --out_dir")
+            later = {name: entry for name, entry in earlier["shards"].items() if name not in manifest["shards"]}
+    return manifest, later
 
 
 def is_whole(path: Path, entry: dict) -> bool:
-    """Return whether a shard is there in its whole length."""
+    """Return whether a shard is there in its whole length. Raises OSError where the disk cannot say."""
     try:
         return open_shard(path).size == entry["tokens"]
-    except (OSError, DataError):
+    except (FileNotFoundError, DataError):
         return False
 
 
@@ -674,19 +730,18 @@ def prepare(
     tasks, revision = open_source(source, before["revision"] if before["source"] == source else None)
     settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
     settings |= {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "nodes": nodes, "node": node}
-    manifest = go_on_from(out_dir, settings)
-    if manifest["finished"]:
-        return manifest
-
-    write_manifest(out_dir, manifest)
-    done = manifest["tokens"]
-    tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
-    share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
-    if done < share:
-        arrays = encode_all(tasks, encoding, cores() if workers is None else workers)
-        write_shards(joined(arrays, out_dir, manifest), out_dir, manifest, share)
-    manifest["finished"] = True
-    write_manifest(out_dir, manifest)
+    with go_on(out_dir, settings) as (manifest, later):
+        if manifest["finished"]:
+            return manifest
+        write_manifest(out_dir, manifest, later)
+        done = manifest["tokens"]
+        tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
+        share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
+        if done < share:
+            arrays = encode_all(tasks, encoding, cores() if workers is None else workers)
+            write_shards(joined(arrays, out_dir, manifest, later), out_dir, manifest, share)
+        manifest["finished"] = True
+        write_manifest(out_dir, manifest)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"
     seconds = time.time() - start
     print(f"{counts} in {out_dir}, in {seconds:.1f} s ({(manifest['tokens'] - done) / seconds / 1e6:.1f}M tok/s)")
@@ -712,18 +767,18 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
     pinned = before["revision"] if before["source"] == repo else None
     info = None if pinned and before["finished"] else hub_dataset(repo, revision=pinned, files_metadata=True)
     settings = NO_MANIFEST | {"source": repo, "pretokenized": True, "revision": info.sha if info else pinned}
-    manifest = go_on_from(out_dir, settings | {"max_tokens": max_tokens, "node": 0})
-    if manifest["finished"]:
-        return manifest
-    info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
-    chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
-    manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
-    write_manifest(out_dir, manifest)
-    with ThreadPoolExecutor(4) as pool:
-        entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
-        manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
-    manifest["finished"] = True
-    write_manifest(out_dir, manifest)
+    with go_on(out_dir, settings | {"max_tokens": max_tokens, "node": 0}) as (manifest, _):
+        if manifest["finished"]:
+            return manifest
+        info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
+        chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
+        manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
+        write_manifest(out_dir, manifest)
+        with ThreadPoolExecutor(4) as pool:
+            entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
+            manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
+        manifest["finished"] = True
+        write_manifest(out_dir, manifest)
     print(f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(chosen)} shards in {out_dir}")
     return manifest
 
@@ -810,7 +865,7 @@ def shard_findings(path: Path, found: dict, entry: dict | None, vocab_size: int)
             yield f"holds {key} {found[key]}, and the manifest says {entry[key]}"
     if shard.max() >= vocab_size:
         yield f"holds token id {shard.max()}, in a vocabulary of {vocab_size:,}"
-    if int(SHARD_NAME.match(path.name)[2] or 0) == 0 and shard[0] != vocab_size - 1:
+    if re.search(r"_(val|node\d+)_0+\.(npy|bin)$", path.name) and shard[0] != vocab_size - 1:
         yield f"begins a stream, and yet with token id {shard[0]} and not with <|endoftext|>"
 
 

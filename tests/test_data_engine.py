@@ -1,5 +1,6 @@
 """fineweb.py killed, on a full disk, on a bad network and on several nodes; published shards; --verify."""
 
+import errno
 import hashlib
 import http.server
 import itertools
@@ -15,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -90,9 +92,10 @@ def kill_and_restart(corpus, out, kills, chance, longest):
             process.wait()
         finally:
             process.stdout.close(), process.stderr.close()
-        if out.exists() and read_manifest(out)["finished"]:  # it was about to end by itself
+        begun = (out / "manifest.json").exists()
+        if begun and read_manifest(out)["finished"]:  # it was about to end by itself
             return killed + 1
-        with pytest.raises(DataError, match="is unfinished" if out.exists() else "no train shards"):
+        with pytest.raises(DataError, match="is unfinished" if begun else "no train shards"):
             find_shards(out, "train")
     return kills
 
@@ -178,6 +181,38 @@ def test_finished_work_is_not_done_again(corpus, undisturbed, tmp_path, monkeypa
     assert capsys.readouterr().out.count("edufineweb_") == 1
 
 
+def test_no_shard_is_deleted_before_another_is_written(finished, monkeypatch):
+    """Guards hours of work after a lost shard: against a source that is away or edited, and a disk that fails."""
+    source, lost = finished.parent / "in.jsonl", "edufineweb_train_000002.npy"
+    settings = {"out_dir": finished, "encoding": "bytes", "shard_tokens": 1000, "workers": 1}
+    undisturbed, text = folder_bytes(finished), source.read_text()
+    with monkeypatch.context() as patch:
+        maps = np.lib.format.open_memmap
+
+        def failing(path, **options):
+            if path.name == lost:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return maps(path, **options)
+
+        patch.setattr(np.lib.format, "open_memmap", failing)
+        with pytest.raises(OSError, match=f"Input/output error: .*{lost}"):
+            prepare(str(source), **settings)
+    assert folder_bytes(finished) == undisturbed
+    (finished / lost).unlink()
+    left = {path.name: path.read_bytes() for path in list_shards(finished)}
+    for change, complaint in (
+        (str.upper, "no string named `text`"),
+        (lambda text: text.replace("u", "v"), "other text"),
+    ):
+        source.write_text(change(text))
+        with pytest.raises(DataError, match=complaint):
+            prepare(str(source), **settings)
+        assert {path.name: path.read_bytes() for path in list_shards(finished)} == left
+    source.write_text(text)
+    prepare(str(source), **settings)
+    assert folder_bytes(finished) == undisturbed
+
+
 def test_a_source_that_changed_meanwhile_is_refused(tmp_path):
     """Guards against shards of two corpora in one folder, even if the change keeps every length."""
     source = tmp_path / "in.txt"
@@ -188,6 +223,40 @@ def test_a_source_that_changed_meanwhile_is_refused(tmp_path):
         source.write_text("abcdefgh" * 100 + "i" if change == "grown" else "abcdefgi" * 100)
         with pytest.raises(DataError, match=f"{complaint}.*name another --out_dir"):
             prepare(str(source), tmp_path / change, "bytes", shard_tokens=100, workers=1)
+
+
+def test_two_runs_cannot_write_one_folder(finished, hub, tmp_path, run_script):
+    """Guards against a second run, started by mistake: each would delete and rewrite the other's shards."""
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
+    server, environment = hub(pretokenized(names))
+    commands = {
+        "prepared": ["--source", finished.parent / "in.jsonl", "--encoding", "bytes", "--shard_tokens", 1000],
+        "fetched": ["--pretokenized", server.repo],
+    }
+    for name, command in commands.items():
+        (tmp_path / name).mkdir()
+        with filelock.FileLock(tmp_path / name / ".manifest.lock"):
+            done = run_script("fineweb.py", *command, "--out_dir", tmp_path / name, **environment)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"error: another run is writing to {tmp_path / name}: wait for its end" in done.stderr
+        assert list_shards(tmp_path / name) == []
+        assert run_script("fineweb.py", *command, "--out_dir", tmp_path / name, **environment).returncode == 0
+        with filelock.FileLock(tmp_path / name / ".manifest.lock"):  # what is complete needs no lock
+            done = run_script("fineweb.py", *command, "--out_dir", tmp_path / name, **environment)
+        assert done.returncode == 0 and "is complete" in done.stdout
+
+
+def test_a_run_that_ends_just_before_the_lock_is_free_is_gone_on_from(finished, tmp_path, monkeypatch, capsys):
+    """Guards the moment between the first look into the folder and the lock, in which another run may finish."""
+
+    class LateLock(filelock.FileLock):
+        def acquire(self, *arguments, **options):
+            shutil.copytree(finished, tmp_path / "out", dirs_exist_ok=True)
+            return super().acquire(*arguments, **options)
+
+    monkeypatch.setattr(fineweb, "FileLock", LateLock)
+    prepare(str(finished.parent / "in.jsonl"), tmp_path / "out", "bytes", shard_tokens=1000, workers=1)
+    assert capsys.readouterr().out.endswith("out is complete: 5,090 tokens in 6 shards\n")
 
 
 def test_a_killed_run_leaves_no_workers(corpus, tmp_path):
@@ -491,9 +560,12 @@ def test_two_nodes_make_one_corpus(corpus, tmp_path, launcher):
     found = documents_of(val + by_node[0]) + documents_of(by_node[1])
     assert sorted(found) == sorted(corpus[1]) and read_manifest(out)["documents"] == len(found)
     verify_shards(out)
-    for path, complaint in ((by_node[1][3], "is missing"), (out / "manifest_node001.json", "is unfinished")):
+    for path, complaint in (
+        (by_node[1][3], "is missing: run `.*`$"),
+        (out / "manifest_node001.json", "is unfinished: run `.*` on each of its 2 nodes$"),
+    ):
         path.unlink()
-        with pytest.raises(DataError, match=f"{complaint}: run `.*` on each of its 2 nodes|{complaint}"):
+        with pytest.raises(DataError, match=complaint):
             find_shards(out, "train")
 
 
@@ -509,6 +581,23 @@ def test_nodes_of_different_runs_are_refused(finished, tmp_path):
     shutil.copy(tmp_path / "b" / "manifest_node001.json", tmp_path / "a")
     with pytest.raises(DataError, match="manifest_node001.json and manifest_node000.json are of different runs"):
         find_shards(tmp_path / "a", "train")
+
+
+def test_another_number_of_nodes_is_refused_from_the_start(finished, tmp_path):
+    """Guards hours of work that nobody could read, even if no run before had come as far as a first shard."""
+    source, settings = str(finished.parent / "in.jsonl"), {"encoding": "bytes", "shard_tokens": 1000, "workers": 1}
+    for was, now in ((2, 1), (1, 2), (2, 3)):
+        out = tmp_path / f"{was}{now}"
+        out.mkdir()
+        prepare(source, tmp_path / f"of {was}", nodes=was, **settings)
+        path = fineweb.manifest_path(tmp_path / f"of {was}", 0, was)
+        begun = json.loads(path.read_text()) | {"shards": {}, "finished": False}
+        (out / path.name).write_text(json.dumps(begun))
+        for node in range(was == now - 1 == 2, now):
+            with pytest.raises(DataError, match=f"{out} holds manifests of other settings .nodes {was}"):
+                prepare(source, out, nodes=now, node=node, **settings)
+        assert [child.name for child in out.iterdir()] == [path.name]
+        shutil.rmtree(tmp_path / f"of {was}")
 
 
 def test_max_tokens_is_the_sum_of_all_nodes(corpus, tmp_path):
@@ -572,6 +661,10 @@ def test_verify_reads_a_folder_without_a_manifest(make_shards, tmp_path, capsys)
     make_shards(tmp_path / "good", {"val": [[50256, 1, 2]], "train": [[3, 50256, 4]]})
     verify_shards(tmp_path / "good")
     assert "6 tokens (gpt2), 2 documents" in capsys.readouterr().out
+    for name in ("good_train.bin", "good_train_000000.bin", "good_val_000001.bin"):  # each continues another
+        header = np.array([20240520, 1, 3] + [0] * 253, dtype=np.int32)
+        (tmp_path / "good" / name).write_bytes(header.tobytes() + np.arange(3, dtype=np.uint16).tobytes())
+    verify_shards(tmp_path / "good")
     make_shards(tmp_path / "bad", {"val": [[1, 2, 3]], "train": [[50257]]})
     with pytest.raises(DataError, match="has faults .2."):
         verify_shards(tmp_path / "bad")

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -118,6 +120,30 @@ def test_ten_megabytes_of_one_character_are_a_document(tmp_path):
     )
     assert tokens[[0, -2]].tolist() == [50256, 50256]
     assert get_encoding("gpt2").decode(tokens[1:-2].tolist()) == "a" * 10_000_000
+
+
+@pytest.mark.parametrize("length", [1_200_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("character, tokens", [(" ", 1), ("\n", 0.5), ("\u3000", 2)])
+def test_endless_whitespace_is_a_document(character, tokens, length):
+    """Guards the regular expression's stack, which so long a run exhausts; a lone surrogate made a panic of it."""
+    for start, counted in (("", 0), ("\ud800", 1)):
+        stream = fineweb.encode_task([start + character * length + "x"], "gpt2")
+        assert abs(stream.size - counted - tokens * length) < 9
+        text = get_encoding("gpt2").decode(stream[1:].tolist())
+        assert text == start.replace("\ud800", "\ufffd") + character * length + "x"
+
+
+def test_a_text_is_cut_only_where_the_tokenizer_cuts_it(monkeypatch):
+    """Guards the way around that stack: the pieces' tokens are the whole text's, whatever whitespace there is."""
+    encoding, chance, characters = get_encoding("gpt2"), random.Random(1337), range(sys.maxunicode)
+    spaces = [" ", "\n", "\x1c", "\ud800", *(chr(c) for c in characters if chr(c).isspace())]
+    words = ["ab ", "1", "  .", "x'll", "\u200b", "é", "\ud83d\ude00", *spaces]
+    for _ in range(300):
+        runs = (chance.choice([*spaces, " \n", "\t "]) * chance.randrange(300) for _ in range(9))
+        text = "".join(chance.choice(words) + run + chance.choice(words) for run in runs)
+        assert fineweb.encode_pieces(fineweb.replace_surrogates(text), encoding).tolist() == encoding.encode_ordinary(
+            text
+        )
 
 
 def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):
@@ -260,7 +286,8 @@ def test_damaged_or_foreign_shards_are_errors(tmp_path):
         (tmp_path / name).write_bytes(data)
     np.save(tmp_path / "int32_val.npy", np.arange(9, dtype=np.int32))
     np.save(tmp_path / "square_val.npy", np.zeros((3, 3), dtype=np.uint16))
-    for name in [*bad, "int32_val.npy", "square_val.npy"]:
+    np.save(tmp_path / "zero_val.npy", np.zeros(0, dtype=np.uint16))
+    for name in [*bad, "int32_val.npy", "square_val.npy", "zero_val.npy"]:
         with pytest.raises(DataError, match=name):
             open_shard(tmp_path / name)
 
@@ -340,7 +367,7 @@ def test_the_manifest_describes_the_files(finished):
     assert {key: manifest[key] for key in expected} == expected
     expected |= {"node": 0, "nodes": 1}
     assert set(manifest) == {*expected, "revision", "shards"}
-    assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json"])
+    assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json", ".manifest.lock"])
 
 
 def test_a_finished_folder_is_left_alone(finished, capsys):
@@ -357,6 +384,22 @@ def test_a_finished_folder_is_left_alone(finished, capsys):
             find_shards(finished, "train")
         prepare(source, finished, "bytes", shard_tokens=300)  # mends it
         assert shard_files(finished) == before and find_shards(finished, "train")
+
+
+def test_a_manifest_that_says_not_where_shards_end(finished):
+    """Guards folders of an older fineweb.py: usable if finished, and else neither a traceback nor a loss."""
+    source, manifest = str(finished.parent / "in.jsonl"), read_manifest(finished)
+    for entry in manifest["shards"].values():
+        del entry["end"]
+    (finished / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(source, finished, "bytes", shard_tokens=300) == manifest
+    (finished / "edufineweb_train_000002.npy").unlink()
+    before = shard_files(finished)
+    for is_finished in (True, False):
+        (finished / "manifest.json").write_text(json.dumps(manifest | {"finished": is_finished}))
+        with pytest.raises(DataError, match="manifest.json does not say where .*: delete .* and start over"):
+            prepare(source, finished, "bytes", shard_tokens=300)
+        assert shard_files(finished) == before
 
 
 def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
@@ -394,7 +437,9 @@ def test_a_failing_source_leaves_whole_shards_and_no_finished_manifest(tmp_path)
     expected = reference_files(texts, get_encoding("bytes"), 10_000)
     left = shard_files(tmp_path / "out")
     assert len(left) > 9 and left.items() <= expected.items()
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*left, "manifest.json"])  # nothing temporary either
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        [*left, "manifest.json", ".manifest.lock"]
+    )  # nothing temporary either
     with pytest.raises(DataError, match="out is unfinished"):
         find_shards(tmp_path / "out", "train")
 
@@ -438,6 +483,17 @@ def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
     assert texts_of(corpus / "b.txt") == expected[2:3]
 
 
+def test_a_file_is_read_once_and_a_manifest_never(tmp_path):
+    """Guards a glob that finds a file by several ways, and an --out_dir inside the source's folder."""
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "a.txt").write_text("a text" * 99)
+    assert texts_of(tmp_path / "**" / "**" / "*.txt") == ["a text" * 99]
+    for source in (tmp_path, tmp_path / "**" / "*.[jt]*"):
+        first = prepare(str(source), tmp_path / "x" / "out", "bytes", shard_tokens=99, workers=1)
+        assert prepare(str(source), tmp_path / "x" / "out", "bytes", shard_tokens=99, workers=1) == first
+        shutil.rmtree(tmp_path / "x" / "out")
+
+
 def test_a_large_row_group_is_read_in_pieces(tmp_path):
     """Guards memory: many parquet files are one row group, and workers would each hold one with all its texts."""
     texts = [f"{i} " + os.urandom(5000).hex() for i in range(6000)]
@@ -476,6 +532,14 @@ def test_bad_files_are_named(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}.* {complaint}"):
         prepare(str(tmp_path / name), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
+
+
+@pytest.mark.parametrize("text", [["a", "b"], {"x": "a"}])
+def test_a_column_of_lists_or_structs_is_no_text(tmp_path, text):
+    """Guards against a traceback where a nested column `text` is not among the file's leaves."""
+    pa.parquet.write_table(pa.table({"text": [text]}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="in.parquet has a column `text` of (list|struct)<.*>, not of strings: check"):
+        prepare(str(tmp_path / "in.parquet"), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
 
 
 @pytest.mark.parametrize("source", ["no.jsonl", "data/no.parquet", "./no", "/no/no", "a/b/c", "*.txt", "~/no/"])
