@@ -67,7 +67,7 @@ def load_rows(path, limit=None, style="completion") -> list[dict]:
         with open(path, "rb") as file:
             for number, line in enumerate(itertools.islice(file, limit), start=1):
                 if (row := parse(line, style)) is None:
-                    message = f"not a HellaSwag row for --style {style}, {shape}: mend or replace the file"
+                    message = f"not a HellaSwag row for {style} style, {shape}: mend or replace the file"
                     raise HellaSwagError(f"{path}:{number}: {message}")
                 rows.append(row)
     except OSError as error:
