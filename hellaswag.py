@@ -217,15 +217,13 @@ def count(answers) -> Counts:
 def evaluate(trunk, head, encode, rows, rank=0, world_size=1, device="cpu", max_length=1024, batch_tokens=None,
              style="completion") -> Counts:  # fmt: skip
     """
-    Count the right answers in this rank's share of `rows`.
+    Count the right answers in this rank's share of `rows`; the sum over the ranks is the same at any world size.
 
     trunk, head, rank, world_size, device, batch_tokens: as `ask` takes them.
     encode(text) -> token ids, with no special ones added.
     rows: of load_rows; or what `prepare` made of them, so that many evaluations tokenize once: encode, max_length and
         style, which it was given, then have no say.
-    max_length: the model's positions. style: completion or harness.
-
-    The sum over the ranks is the same to the bit at any world size. Raises HellaSwagError as `prepare` does.
+    max_length: the model's positions. style: completion or harness. Raises HellaSwagError as `prepare` does.
     """
     prepared = rows if rows and isinstance(rows[0], Example) else prepare(rows, encode, max_length, style)
     return count(ask(trunk, head, prepared, rank, world_size, device, batch_tokens))
@@ -466,6 +464,8 @@ def run(
         raise HellaSwagError(f"--limit {limit}: give a number above 0, or leave it out")
     device, model = pick_device(device), newest_checkpoint(model)
     rows = find_rows(file, limit, style)
+    if save and Path(save).resolve() == Path(file).resolve():
+        raise HellaSwagError(f"--save {save}: the rows are in that file; give another name")
     if save:
         save_answers(save, rows, [], style)  # now, rather than when the work is done, is the time to find that it fails
     note = "" if len(rows) == FULL_ROWS else f" (not all {FULL_ROWS:,}: do not compare with published figures)"
@@ -496,4 +496,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a row may hold what the terminal cannot show
     main()

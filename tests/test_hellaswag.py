@@ -629,6 +629,7 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
     broken("bert", model_type="bert")
     broken("wider", n_inner=512)
     jsonl(tmp_path / "bad.jsonl", ROW, {**ROW, "label": 4})
+    good = jsonl(tmp_path / "good.jsonl", ROW)
 
     mistakes = [({"--model": tmp_path / name}, f"--model {tmp_path / name}: .*{hint}") for name, hint in [
         ("empty", "checkpoints/step_NNNNNN"), ("no_weights", "model.safetensors"), ("cut", ""),
@@ -642,6 +643,7 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
         ({"--file": tmp_path / "bad.jsonl", "--style": "harness"}, "bad.jsonl:1: .*harness"),
         ({"--save": tmp_path / "nowhere" / "saved.jsonl"}, "--save .*nowhere.*No such file"),
         ({"--save": tmp_path}, "--save .*Is a directory"),
+        ({"--file": good, "--save": good}, "--save .*another name"),
         ({"--limit": 0}, "--limit 0"),
         ({"--device": "gpu"}, "--device gpu: "),
         ({"--device": f"cuda:{torch.cuda.device_count() + 1}"}, "--device cuda:"),
