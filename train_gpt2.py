@@ -746,14 +746,14 @@ def validation_loss(model, loader, val_tokens, runtime):
 
 
 def load_hellaswag(config, encoding, block_size, runtime):
-    """The rows to score, the same on every process; None where they are not wanted, not to be had or too long."""
+    """The rows to score, tokenized; None where they are not wanted, not to be had or too long. Alike on all ranks."""
     if config.hellaswag_file == "none" or encoding.name != "gpt2":
         return None
     rows = None
     if runtime.rank == 0:
         try:
             rows = hellaswag.find_rows(config.hellaswag_file)
-            hellaswag.prepare(rows, encoding.encode_ordinary, block_size)
+            rows = hellaswag.prepare(rows, encoding.encode_ordinary, block_size)  # once for all evaluations
         except hellaswag.HellaSwagError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
                 raise  # a file that was asked for
@@ -762,7 +762,7 @@ def load_hellaswag(config, encoding, block_size, runtime):
     return runtime.from_rank0(rows)
 
 
-def hellaswag_accuracy(raw_model, encoding, rows, runtime):
+def hellaswag_accuracy(raw_model, rows, runtime):
     """HellaSwag's acc_norm, completion style, over all rows. Raises Stopped."""
 
     def trunk(*inputs):
@@ -772,9 +772,8 @@ def hellaswag_accuracy(raw_model, encoding, rows, runtime):
 
     with suppress(Stopped):
         counts = hellaswag.evaluate(
-            trunk, raw_model.head, encoding.encode_ordinary, rows, runtime.rank, runtime.world_size,
-            device=runtime.device, max_length=raw_model.config.block_size,
-        )  # fmt: skip
+            trunk, raw_model.head, None, rows, runtime.rank, runtime.world_size, device=runtime.device
+        )
     runtime.raise_if_stopped()
     total, correct_norm = runtime.sum_over_ranks(torch.tensor([counts.total, counts.correct_norm])).tolist()
     return correct_norm / total
@@ -1168,7 +1167,7 @@ def evaluate(step, run, config, runtime):
     if step % config.eval_interval == 0 or last_step:
         results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
         if run.hellaswag_rows:
-            results["hella"] = hellaswag_accuracy(run.raw_model, run.encoding, run.hellaswag_rows, runtime)
+            results["hella"] = hellaswag_accuracy(run.raw_model, run.hellaswag_rows, runtime)
         runtime.print0(f"step {step:5d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in results.items()))
         if runtime.rank == 0:
             run.log.write(step, **results)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -17,10 +18,12 @@ import torch
 import torch.nn.functional as F
 
 import hellaswag
-from hellaswag import FULL_ROWS, Counts, HellaSwagError, download, evaluate, load_rows
+from hellaswag import FULL_ROWS, Counts, HellaSwagError, ask, download, evaluate, load_rows, prepare, texts
+from train_gpt2 import GPT
 
 SCRIPT = Path(hellaswag.__file__)
 ROW = {"ctx": "A man is sitting on a roof. he", "endings": ["sings.", "falls off.", "waits.", "jumps up."], "label": 3}
+STYLES = "completion", "harness"
 
 
 # --- a small random model, and the convention written the slow way ----------------------------------------------------
@@ -40,34 +43,37 @@ def random_gpt2(seed):
 
 
 @torch.no_grad()
-def reference(model, encode, row, max_length=None):
-    """Summed losses and token counts of a row's four endings, each alone, in fp32 and without any padding."""
-    context, endings = encode(row["ctx"]), [encode(" " + ending) for ending in row["endings"]]
-    if max_length:
-        context = context[max(0, len(context) + max(map(len, endings)) - max_length) :]
-    sums = []
+def reference(model, encode, row, style="completion", max_length=160):
+    """Summed losses and divisors of a row's four endings, each alone, in fp32 and without any padding."""
+    context, endings = texts(row, style)
+    sums, divisors = [], []
     for ending in endings:
-        tokens = torch.tensor(context + ending)
-        logits = model(tokens[None]).logits[0].float()
-        sums.append(F.cross_entropy(logits[:-1], tokens[1:], reduction="none")[-len(ending) :].sum().item())
-    return sums, [len(ending) for ending in endings]
+        before, after = encode(context), encode(" " + ending)
+        if style == "harness":  # the tokens of the whole, divided where the bare context ends
+            whole = encode(context + " " + ending)
+            before, after = whole[: len(encode(context.rstrip()))], whole[len(encode(context.rstrip())) :]
+        tokens = torch.tensor((before + after)[-max_length - 1 :])  # the last is predicted and needs no position
+        logits = model(tokens[None, :-1]).logits[0].float()
+        sums.append(F.cross_entropy(logits, tokens[1:], reduction="none")[-len(after) :].sum().item())
+        divisors.append(len(after) if style == "completion" else len(ending))
+    return sums, divisors
 
 
 def tally(scored, rows):
-    """Counts from the (sums, lengths) of each row."""
+    """Counts from the (sums, divisors) of each row."""
     correct = sum(sums.index(min(sums)) == row["label"] for (sums, _), row in zip(scored, rows, strict=True))
-    means = [[a / b for a, b in zip(sums, lengths, strict=True)] for sums, lengths in scored]
+    means = [[a / b for a, b in zip(sums, divisors, strict=True)] for sums, divisors in scored]
     correct_norm = sum(mean.index(min(mean)) == row["label"] for mean, row in zip(means, rows, strict=True))
     return Counts(len(rows), correct, correct_norm)
 
 
-def halves(model):
-    """The two callables that evaluate takes."""
+halves = hellaswag.trunk_and_head
 
-    def trunk(ids, position_ids, mask):
-        return model.transformer(input_ids=ids, position_ids=position_ids, attention_mask=mask).last_hidden_state
 
-    return trunk, model.lm_head
+def losses_by_row(answers):
+    """(rows, 4) summed losses in the order of the rows."""
+    answers = sorted(answers, key=lambda answer: answer.example.number)
+    return torch.tensor([answer.losses for answer in answers], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,91 +97,158 @@ def rows(shared_data):
 
 
 @pytest.fixture(scope="module")
-def few(rows, truth):
-    """A dozen rows and their true counts."""
-    return rows[:12], tally(truth[:12], rows[:12])
-
-
-@pytest.fixture(scope="module")
 def model():
     return random_gpt2(seed=0)
 
 
 @pytest.fixture(scope="module")
 def truth(model, encode, rows):
-    return [reference(model, encode, row) for row in rows]
+    """For each style, the (sums, divisors) of each row."""
+    return {style: [reference(model, encode, row, style) for row in rows] for style in STYLES}
+
+
+@pytest.fixture(scope="module")
+def few(rows, truth):
+    """A dozen rows and their true counts."""
+    return rows[:12], tally(truth["completion"][:12], rows[:12])
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, tmp_path_factory):
+    """The model as a Hugging Face folder without tokenizer files."""
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def test_losses_agree_with_plain_loop(model, encode, rows, truth):
-    """Guards the off-by-one of the ending's first token, leaks of padding, and the order of sequences in a batch."""
-    batch = hellaswag.prepare(rows, encode, 1024)
-    sums, lengths = hellaswag.score(*halves(model), batch)
-    expected = torch.tensor([sums for sums, _ in truth], dtype=torch.float64)
-    assert lengths.tolist() == [lengths for _, lengths in truth]
-    torch.testing.assert_close(sums / lengths, expected / lengths, rtol=0, atol=1e-4)
-    assert torch.equal(sums.argmin(1), expected.argmin(1))
-    assert torch.equal((sums / lengths).argmin(1), (expected / lengths).argmin(1))
-    assert len(set(expected.argmin(1).tolist())) == 4, "the model must not always answer the same"
-    assert not torch.equal(sums.argmin(1), (sums / lengths).argmin(1)), "the two accuracies must differ somewhere"
+@pytest.mark.parametrize("style", STYLES)
+def test_losses_agree_with_plain_loop(model, encode, rows, truth, style):
+    """Guards the first token of an ending, endings that see each other, positions, padding, divisors and the order."""
+    sums, divisors = (torch.tensor(column, dtype=torch.float64) for column in zip(*truth[style], strict=True))
+    answers = list(ask(*halves(model), prepare(rows, encode, 160, style)))
+    packs = {len(answer.example.packs) for answer in answers}
+    assert packs == {1, 4}, "some rows must fit the 160 positions as a whole, and some not"
+    torch.testing.assert_close(losses_by_row(answers), sums, rtol=1e-6, atol=1e-4)
+    normed = [answer.normed for answer in sorted(answers, key=lambda answer: answer.example.number)]
+    torch.testing.assert_close(torch.tensor(normed).double(), sums / divisors, rtol=1e-6, atol=1e-4)
+    choices, choices_norm = sums.argmin(1), (sums / divisors).argmin(1)
+    for answer in answers:
+        assert hellaswag.choice(answer.losses) == choices[answer.example.number]
+        assert hellaswag.choice(answer.normed) == choices_norm[answer.example.number]
+    assert len(set(choices.tolist())) == 4, "the model must not always answer the same"
+    assert not torch.equal(choices, choices_norm), "the two accuracies must differ somewhere"
+    assert evaluate(*halves(model), encode, rows, max_length=160, style=style) == tally(truth[style], rows)
 
 
-def test_counts_agree_with_plain_loop(model, encode, rows, truth):
-    """Guards labels that part from their rows when the rows are sorted by length."""
-    assert evaluate(*halves(model), encode, rows) == tally(truth, rows)
+@pytest.mark.parametrize("flash", [True, False])
+def test_train_gpt2s_model_agrees(model_folder, encode, rows, truth, flash):
+    """Guards a mask or positions that the two models understand differently; a padded vocabulary; T past block_size."""
+    gpt = GPT.from_pretrained(model_folder, flash=flash).eval()
+    losses = losses_by_row(ask(gpt.trunk, gpt.head, prepare(rows, encode, gpt.config.block_size)))
+    expected = torch.tensor([sums for sums, _ in truth["completion"]], dtype=torch.float64)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 900, 2500, 10**6])
-def test_batch_tokens_bound_the_batch_and_change_no_count(model, encode, few, truth, batch_tokens):
-    """Guards a budget that is overrun, or that drops or repeats the rows at a batch's edge."""
-    (trunk, head), (rows, counts) = halves(model), few
-    sizes, projected = [], []
+def test_answers_do_not_depend_on_the_batch(model, encode, rows):
+    """Guards scores that a row's neighbours or its padding change."""
+    examples = prepare(rows, encode, 160)
+    together = losses_by_row(ask(*halves(model), examples, batch_tokens=10**6))
+    alone = losses_by_row(ask(*halves(model), examples, batch_tokens=1))
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-4)
+
+
+def test_each_context_is_computed_once(model, encode, few):
+    """Guards the original's waste: contexts fed four times, padding, and a vocabulary projected at every position."""
+    (trunk, head), (rows, _) = halves(model), few
+    fed, projected = [], []
 
     def watched_trunk(ids, position_ids, mask):
-        sizes.append(ids.shape)
+        fed.append(ids.numel())
         return trunk(ids, position_ids, mask)
 
     def watched_head(states):
         projected.append(states.shape[0])
         return head(states)
 
-    assert evaluate(watched_trunk, watched_head, encode, rows, batch_tokens=batch_tokens) == counts
-    assert all(b % 4 == 0 and (b == 4 or b * t <= batch_tokens) for b, t in sizes)
-    assert sum(b for b, _ in sizes) == 4 * len(rows)
+    contexts = sum(len(encode(row["ctx"])) for row in rows)
+    endings = [len(encode(" " + ending)) for row in rows for ending in row["endings"]]
+    evaluate(watched_trunk, watched_head, encode, rows, batch_tokens=1)
+    assert sum(fed) == contexts + sum(endings) - len(endings)
+    assert sum(projected) == sum(endings)
+    fed.clear()
+    evaluate(watched_trunk, watched_head, encode, rows, batch_tokens=500)
+    assert len(fed) < len(rows) and sum(fed) < 1.2 * (contexts + sum(endings)), "like lengths go together"
+
+
+def test_tokenized_once(model, encode, few):
+    """Guards an evaluation that tokenizes 50,000 texts again at every 250 steps."""
+    rows, counts = few
+    examples = prepare(rows, encode)
+    assert evaluate(*halves(model), None, examples) == evaluate(*halves(model), None, examples) == counts
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 900, 2500, 10**6])
+def test_batch_tokens_bound_the_batch_and_change_no_count(model, encode, few, batch_tokens):
+    """Guards a budget that is overrun, or that drops or repeats the rows at a batch's edge."""
+    (trunk, head), (rows, counts) = halves(model), few
+    sizes = []
+
+    def watched_trunk(ids, position_ids, mask):
+        sizes.append(ids.shape)
+        return trunk(ids, position_ids, mask)
+
+    assert evaluate(watched_trunk, head, encode, rows, batch_tokens=batch_tokens) == counts
+    assert all(b == 1 or b * t <= batch_tokens for b, t in sizes)
+    assert sum(b for b, _ in sizes) == len(rows)
     assert len(sizes) < len(rows) or batch_tokens == 1
-    scored = sum(sum(lengths) for _, lengths in truth[: len(rows)])
-    assert sum(projected) == scored, "only the tokens of endings need the wide head"
+    sizes.clear()
+    divided = prepare(rows, encode, 100)  # a row that does not fit is four sequences of one batch
+    assert 0 < sum(len(example.packs) == 4 for example in divided) < len(rows)
+    assert evaluate(watched_trunk, head, None, divided, batch_tokens=batch_tokens).total == len(rows)
+    assert all(b in (1, 4) or b * t <= batch_tokens for b, t in sizes)
+    assert sum(b for b, _ in sizes) == sum(len(example.packs) for example in divided)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 20])
 def test_ranks_share_the_same_batches(model, encode, few, world_size):
-    """Guards counts that depend on the number of processes, through lost rows or batches cut in another way."""
+    """Guards counts that depend on the number of processes, and ranks that wait for a call of another."""
     (trunk, head), (rows, counts) = halves(model), few
-    seen = []
+    seen, calls = [], []
 
     def watched_trunk(ids, position_ids, mask):
         seen.append(str(ids.tolist()))
+        calls.append("trunk")
         return trunk(ids, position_ids, mask)
 
-    alone = evaluate(watched_trunk, head, encode, rows, batch_tokens=900)
+    def watched_head(states):
+        calls.append("head")
+        return head(states)
+
+    alone = evaluate(watched_trunk, watched_head, encode, rows, batch_tokens=250)
     batches_alone = sorted(seen)
     seen.clear()
-    ranks = [evaluate(watched_trunk, head, encode, rows, rank, world_size, batch_tokens=900)
-             for rank in range(world_size)]  # fmt: skip
+    ranks, calls_by_rank = [], []
+    for rank in range(world_size):
+        calls.clear()
+        ranks.append(evaluate(watched_trunk, watched_head, encode, rows, rank, world_size, batch_tokens=250))
+        calls_by_rank.append(list(calls))
     assert Counts(*map(sum, zip(*ranks, strict=True))) == alone == counts
-    assert sorted(seen) == batches_alone and len(batches_alone) > 3
+    assert all(calls == calls_by_rank[0] for calls in calls_by_rank)
+    assert len(seen) == -(-len(batches_alone) // world_size) * world_size and len(batches_alone) > 3
+    assert sorted(set(seen)) == batches_alone, "the same batches, the last of them perhaps repeated"
     assert ranks[0].total < alone.total
 
 
 def test_autocast_of_the_caller_does_not_leak_in(model, encode, few):
     """Guards scores on bf16 logits, the original's mistake, which flip about 1% of the choices."""
     rows, counts = few
-    batch = hellaswag.prepare(rows, encode, 1024)
-    plain, _ = hellaswag.score(*halves(model), batch)
+    examples = prepare(rows, encode)
+    plain = hellaswag.score(*halves(model), examples)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, _ = hellaswag.score(*halves(model), batch)
+        inside = hellaswag.score(*halves(model), examples)
         assert evaluate(*halves(model), encode, rows) == counts
         assert torch.is_autocast_enabled("cpu"), "it must hold again afterwards"
     assert torch.equal(plain, inside)
@@ -217,30 +290,89 @@ def test_no_graph_is_kept(model, encode, rows):
     evaluate(trunk, watched_head, encode, rows[:2])
 
 
-def test_long_context_is_cut_from_the_left(model, encode, rows):
-    """Guards a crash past the model's last position, and endings cut where the context should be."""
+@pytest.mark.parametrize("style", STYLES)
+def test_long_context_is_cut_from_the_left(model, encode, rows, style):
+    """Guards a crash past the model's last position, a cut on the right, and one that the harness makes elsewhere."""
     trunk, head = halves(model)
     max_length = 50
 
     def watched_trunk(ids, position_ids, mask):
-        assert ids.shape[1] <= max_length
+        assert ids.shape[1] <= max_length and position_ids.max() < max_length
         return trunk(ids, position_ids, mask)
 
-    longest = [max(len(encode(" " + ending)) for ending in row["endings"]) for row in rows]
-    pairs = [(row, length) for row, length in zip(rows, longest, strict=True) if length < max_length][:15]
-    assert 3 <= sum(len(encode(row["ctx"])) + length > max_length for row, length in pairs) < len(pairs)
+    endings = [[len(encode(" " + ending)) for ending in texts(row, style)[1]] for row in rows]
+    pairs = [(row, lengths) for row, lengths in zip(rows, endings, strict=True) if max(lengths) <= max_length][:15]
+    assert 3 <= sum(len(encode(texts(row, style)[0])) + max(n) > max_length + 1 for row, n in pairs) < len(pairs)
     rows = [row for row, _ in pairs]
-    expected = [reference(model, encode, row, max_length) for row in rows]
-    sums, _ = hellaswag.score(watched_trunk, head, hellaswag.prepare(rows, encode, max_length))
-    torch.testing.assert_close(sums, torch.tensor([s for s, _ in expected], dtype=torch.float64), rtol=1e-5, atol=1e-4)
-    assert evaluate(watched_trunk, head, encode, rows, max_length=max_length) == tally(expected, rows)
+    expected = [reference(model, encode, row, style, max_length) for row in rows]
+    losses = losses_by_row(ask(watched_trunk, head, prepare(rows, encode, max_length, style)))
+    torch.testing.assert_close(losses, torch.tensor([s for s, _ in expected]).double(), rtol=1e-6, atol=1e-4)
+    assert evaluate(watched_trunk, head, encode, rows, max_length=max_length, style=style) == tally(expected, rows)
 
 
 def test_ending_without_room_is_an_error(model, encode):
     """Guards an ending scored in part, or with no context before it, on a model of few positions."""
-    assert evaluate(*halves(model), encode, [ROW], max_length=4).total == 1  # " jumps up." is three tokens
-    with pytest.raises(HellaSwagError, match="3 tokens .* more than 3 positions"):
-        evaluate(*halves(model), encode, [ROW], max_length=3)
+    assert evaluate(*halves(model), encode, [ROW], max_length=3).total == 1  # " jumps up." is three tokens
+    with pytest.raises(HellaSwagError, match="3 tokens .* more than 2 positions"):
+        evaluate(*halves(model), encode, [ROW], max_length=2)
+
+
+def test_text_without_tokens_is_an_error():
+    """Guards a loss of nothing, which is the lowest, from a tokenizer that does not know an alphabet."""
+    with pytest.raises(HellaSwagError, match="row 2: "):
+        prepare([ROW, {**ROW, "ctx": "Ω"}], lambda text: [1 for c in text if c.isascii()])
+
+
+# --- the conventions --------------------------------------------------------------------------------------------------
+
+
+def test_harness_wording(encode):
+    """Guards the harness's text to the letter. What is expected here was made by lm_eval 0.4.13's own process_docs."""
+    wikihow = {
+        "activity_label": "Food and Entertaining", "ctx_b": "", "ctx": "unused",
+        "ctx_a": "[header] How to make  tea [title] Boil water. [substeps] Pour it [step] ",
+        "endings": [" [title] Wait. [step] Drink [it].", "Stir.  Twice. ", "[step]", "É [title] thé."], "label": 0,
+    }  # fmt: skip
+    assert texts(wikihow, "harness") == (
+        "Food and Entertaining: How to make tea. Boil water. Pour it ",
+        [" Wait. Drink .", "Stir. Twice.", "", "É. thé."],
+    )
+    assert texts(wikihow, "completion") == ("unused", wikihow["endings"])
+    video = {**ROW, "activity_label": "Roof", "ctx_a": "A man  sits.", "ctx_b": "he AND I"}
+    assert texts(video, "harness") == ("Roof: A man sits. He and i", ROW["endings"])
+
+    context, endings = prepare([wikihow], encode, style="harness")[0].packs[0]
+    assert context == encode("Food and Entertaining: How to make tea. Boil water. Pour it")
+    assert endings[1] == encode("  Stir. Twice."), "the space that cleaning leaves goes to the ending"
+    example = prepare([wikihow], encode, style="harness")[0]
+    assert example.divisors == [14, 12, 0, 7], "characters: neither bytes, nor the space before them"
+    assert prepare([wikihow], encode)[0].divisors == [len(encode(" " + ending)) for ending in wikihow["endings"]]
+
+
+def test_an_ending_cleaned_away_is_never_chosen_by_its_characters(model, encode):
+    """Guards a division by zero; the harness's minus infinity never wins."""
+    row = {
+        **ROW,
+        "activity_label": "Roof",
+        "ctx_a": "A man sits.",
+        "ctx_b": "he",
+        "endings": ["[step]", *ROW["endings"][1:]],
+    }
+    (answer,) = ask(*halves(model), prepare([row], encode, style="harness"))
+    assert answer.normed[0] == float("inf") and answer.losses[0] < 100
+
+
+def test_report_names_the_convention_and_the_error():
+    """Guards figures of one convention beside those of the other, and an error of the biased or of no variance."""
+    error = statistics.stdev([1] * 71 + [0] * 50) / 121**0.5
+    error_norm = statistics.stdev([1] * 73 + [0] * 48) / 121**0.5
+    for style, published in (("completion", ("0.2859 / 0.2955", "0.4893")), ("harness", ("0.2892 / 0.3114", "0.5089"))):
+        lines = hellaswag.report(Counts(121, 71, 73), style).splitlines()
+        assert lines[-2] == f"acc 71/121 = 0.5868 ± {error:.4f} ({style})"
+        assert lines[-1] == f"acc_norm 73/121 = 0.6033 ± {error_norm:.4f} ({style})"
+        assert style in lines[0] and all(figure in lines[0] for figure in published)
+        assert "GPT-3" in lines[1] and "0.337" in lines[1]
+    assert "= 1.0000 ± nan" in hellaswag.report(Counts(1, 1, 1), "harness")
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -276,6 +408,17 @@ def test_malformed_row_is_named_by_line(tmp_path, bad):
         load_rows(path)
     assert "\n" not in str(caught.value)
     assert len(load_rows(path, limit=2)) == 2
+
+
+@pytest.mark.parametrize("field", ["activity_label", "ctx_a", "ctx_b"])
+def test_harness_needs_its_fields(tmp_path, field):
+    """Guards a traceback on a file that suits only the other convention."""
+    row = {**ROW, "activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": ""}
+    assert load_rows(jsonl(tmp_path / "rows.jsonl", row), style="harness") == [row]
+    path = jsonl(tmp_path / "rows.jsonl", row, {**row, field: None})
+    with pytest.raises(HellaSwagError, match=r"rows\.jsonl:2: .*harness.*activity_label"):
+        load_rows(path, style="harness")
+    assert len(load_rows(path)) == 2
 
 
 def test_empty_or_missing_file_is_an_error(tmp_path):
@@ -378,36 +521,58 @@ def rows_file(shared_data):
     return shared_data / "hellaswag/hellaswag_val_600.jsonl"
 
 
-@pytest.fixture(scope="module")
-def model_folder(model, tmp_path_factory):
-    """The model as a Hugging Face folder without tokenizer files."""
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """main("--flag", …) -> what the command printed, in this process."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", *map(str, flags)])
+        hellaswag.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def expect_counts(done, counts):
+def expect_counts(stdout, counts, style="completion"):
     """The two result lines of a command that went well."""
-    assert done.returncode == 0, done.stderr
     total, correct, correct_norm = counts
-    lines = done.stdout.splitlines()[-2:]
-    assert lines[0].startswith(f"acc {correct}/{total} = {correct / total:.4f}")
-    assert lines[1].startswith(f"acc_norm {correct_norm}/{total} = {correct_norm / total:.4f}")
-    assert all("completion" in line for line in lines)
+    lines = stdout.splitlines()[-2:]
+    assert lines[0].startswith(f"acc {correct}/{total} = {correct / total:.4f} ±")
+    assert lines[1].startswith(f"acc_norm {correct_norm}/{total} = {correct_norm / total:.4f} ±")
+    assert all(style in line for line in lines)
 
 
 def test_command_scores_a_folder_without_tokenizer(model, model_folder, encode, rows_file, tmp_path):
     """Guards the command from flags to result lines, and transformers 5's empty tokenizer where files are missing."""
     rows = load_rows(rows_file, 13)
     done = command("--model", model_folder, "--file", rows_file, "--limit", 13, "--device", "cpu", cwd=tmp_path)
-    expect_counts(done, tally([reference(model, encode, row) for row in rows], rows))
-    assert done.stderr == ""
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    expect_counts(done.stdout, tally([reference(model, encode, row) for row in rows], rows))
     assert f"13 rows of {rows_file} (not all 10,042" in done.stdout
     assert rows[0]["ctx"] in done.stdout and "predicted" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_command_takes_newest_checkpoint(model, model_folder, encode, rows_file, shared_data, tmp_path):
+def test_command_saves_the_answers(model, model_folder, encode, rows_file, main, tmp_path):
+    """Guards answers in the order of scoring, of the other style, or whose choices are not those that were counted."""
+    file = jsonl(tmp_path / "rows.jsonl", *load_rows(rows_file)[33:600:81])
+    rows = load_rows(file)
+    assert any("[" in row["ctx"] for row in rows)
+    truth = [reference(model, encode, row, "harness") for row in rows]
+    flags = "--model", model_folder, "--file", file, "--style", "harness", "--device", "cpu"
+    out = main(*flags, "--save", tmp_path / "saved.jsonl")
+    expect_counts(out, tally(truth, rows), "harness")
+    assert texts(rows[0], "harness")[0] in out and rows[0]["ctx"] not in out
+    saved = [json.loads(line) for line in (tmp_path / "saved.jsonl").read_text().splitlines()]
+    for line, (record, row, (sums, divisors)) in enumerate(zip(saved, rows, truth, strict=True), start=1):
+        means = [a / b for a, b in zip(sums, divisors, strict=True)]
+        expected = {"line": line, "ind": row["ind"], "style": "harness", "label": row["label"], "divisors": divisors}
+        expected |= {"prediction": sums.index(min(sums)), "prediction_norm": means.index(min(means))}
+        assert [-x for x in record.pop("loglikelihoods")] == pytest.approx(sums, rel=1e-6, abs=1e-4)
+        assert record == expected
+
+
+def test_command_takes_newest_checkpoint(model, model_folder, encode, rows_file, shared_data, main, tmp_path):
     """Guards an older or an unfinished checkpoint scored in silence, or one read with tokens that are not its own."""
     checkpoints = tmp_path / "log" / "checkpoints"
     for name, seed in (("step_000900", 1), ("step_999999", 2), (".step_1000001", 3), ("step_1000001.bak", 4)):
@@ -425,9 +590,9 @@ def test_command_takes_newest_checkpoint(model, model_folder, encode, rows_file,
     rows = load_rows(rows_file, 15)
     expected = tally([reference(model, encode_mirrored, row) for row in rows], rows)
     assert expected != tally([reference(model, encode, row) for row in rows], rows)
-    done = command("--model", tmp_path / "log", "--file", rows_file, "--limit", 15, "--device", "cpu")
-    expect_counts(done, expected)
-    assert f"{newest} on cpu" in done.stdout
+    out = main("--model", tmp_path / "log", "--file", rows_file, "--limit", 15, "--device", "cpu")
+    expect_counts(out, expected)
+    assert f"{newest} on cpu" in out
 
 
 def test_command_offline_without_data(model_folder, tmp_path):
@@ -464,6 +629,7 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
     broken("bert", model_type="bert")
     broken("wider", n_inner=512)
     jsonl(tmp_path / "bad.jsonl", ROW, {**ROW, "label": 4})
+    good = jsonl(tmp_path / "good.jsonl", ROW)
 
     mistakes = [({"--model": tmp_path / name}, f"--model {tmp_path / name}: .*{hint}") for name, hint in [
         ("empty", "checkpoints/step_NNNNNN"), ("no_weights", "model.safetensors"), ("cut", ""),
@@ -474,6 +640,10 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
         ({"--model": "gpt2-that-is-nowhere"}, "--model gpt2-that-is-nowhere: .*Hub name"),
         ({"--file": tmp_path / "none.jsonl"}, "none.jsonl: No such file"),
         ({"--file": tmp_path / "bad.jsonl"}, "bad.jsonl:2: "),
+        ({"--file": tmp_path / "bad.jsonl", "--style": "harness"}, "bad.jsonl:1: .*harness"),
+        ({"--save": tmp_path / "nowhere" / "saved.jsonl"}, "--save .*nowhere.*No such file"),
+        ({"--save": tmp_path}, "--save .*Is a directory"),
+        ({"--file": good, "--save": good}, "--save .*another name"),
         ({"--limit": 0}, "--limit 0"),
         ({"--device": "gpu"}, "--device gpu: "),
         ({"--device": f"cuda:{torch.cuda.device_count() + 1}"}, "--device cuda:"),
@@ -492,10 +662,12 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
         assert stderr.count("\n") == 1
 
 
-def test_unknown_flag_exits_2():
-    """Guards a misspelt flag that is taken for none."""
-    done = command("--modle", "gpt2")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+@pytest.mark.parametrize("flags", [("--modle", "gpt2"), ("--style", "chat")])
+def test_unknown_flag_exits_2(main, flags):
+    """Guards a misspelt flag or style that is taken for none."""
+    with pytest.raises(SystemExit) as caught:
+        main(*flags)
+    assert caught.value.code == 2
 
 
 def test_import_does_nothing(tmp_path):
