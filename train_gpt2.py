@@ -766,15 +766,12 @@ def hellaswag_accuracy(raw_model, rows, runtime):
     """HellaSwag's acc_norm, completion style, over all rows. Raises Stopped."""
 
     def trunk(*inputs):
-        if runtime.stop.received:
-            raise Stopped
+        runtime.raise_if_stopped()  # all ranks call it equally often
         return raw_model.trunk(*inputs)
 
-    with suppress(Stopped):
-        counts = hellaswag.evaluate(
-            trunk, raw_model.head, None, rows, runtime.rank, runtime.world_size, device=runtime.device
-        )
-    runtime.raise_if_stopped()
+    counts = hellaswag.evaluate(
+        trunk, raw_model.head, None, rows, runtime.rank, runtime.world_size, device=runtime.device
+    )
     total, correct_norm = runtime.sum_over_ranks(torch.tensor([counts.total, counts.correct_norm])).tolist()
     return correct_norm / total
 
