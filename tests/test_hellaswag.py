@@ -656,8 +656,9 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
         monkeypatch.setattr(sys, "argv", ["hellaswag.py", *(str(word) for item in flags.items() for word in item)])
         with pytest.raises(SystemExit) as caught:
             hellaswag.main()
-        stderr = capsys.readouterr().err
+        stdout, stderr = capsys.readouterr()
         assert caught.value.code == 2
+        assert "predicted" not in stdout, "before any work"
         assert re.match(f"error: .*{message}.*\n$", stderr), (message, stderr)
         assert stderr.count("\n") == 1
 
