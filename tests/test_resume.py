@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -506,6 +507,16 @@ def test_restart_does_not_delete_the_run(interrupted, text_shards, capsys, monke
     assert "step_000020" in steps_saved(interrupted)
 
 
+def test_checkpoints_are_deleted_on_request_alone(interrupted):
+    """A folder that was mounted, or filled, after the run looked for checkpoints is not for it to clear."""
+    config = train_gpt2.TrainConfig(out_dir=str(interrupted), resume=True)
+    with pytest.raises(train_gpt2.ConfigError, match="has appeared"):
+        train_gpt2.open_out_dir(config, None, [])
+    assert {"step_000010", "step_000020"} <= set(steps_saved(interrupted)) and (interrupted / "log.txt").exists()
+    train_gpt2.open_out_dir(replace(config, resume=False, overwrite=True), None, [])
+    assert steps_saved(interrupted) == [] and not (interrupted / "log.txt").exists()
+
+
 def test_a_disk_that_cannot_be_read_is_no_damage(interrupted, text_shards, capsys):
     """Where the system refuses to read, all may be well tomorrow: nothing is renamed, skipped or started anew."""
     state = interrupted / "checkpoints" / "step_000020" / "training_state.pt"
@@ -569,7 +580,7 @@ def test_overridden_configuration(interrupted, undisturbed, text_shards):
     state = torch.load(interrupted / "checkpoints" / "step_000045" / "training_state.pt", weights_only=True)
     assert {group["weight_decay"] for o in state["optimizers"] for group in o["param_groups"]} == {0.5, 0.0}
     without = [flag for flag in flags if flag not in ("--override", "max_steps", "weight-decay")]
-    train_gpt2.main([*map(str, without)])
+    train_gpt2.main([*map(str, without), "--dtype", "bfloat16", "--no_flash", "--micro_batch", "2"])
 
 
 @pytest.mark.parametrize("change", ["replaced", "added", "removed", "resized", "encoding"])
