@@ -197,8 +197,6 @@ def open_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged ({first_line(error)}): {mend}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
         raise DataError(f"{path} is no token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
-    if not shard.size:
-        raise DataError(f"{path} holds no tokens: {mend}")
     if path.stat().st_size != shard.offset + shard.nbytes:
         raise DataError(f"{path} is longer than the {shard.size:,} tokens that its header says: {mend}")
     return shard
@@ -863,6 +861,9 @@ def shard_findings(path: Path, found: dict, entry: dict | None, vocab_size: int)
     for key in found:
         if entry and key in entry and entry[key] != found[key]:
             yield f"holds {key} {found[key]}, and the manifest says {entry[key]}"
+    if not shard.size:
+        yield "holds no tokens"
+        return
     if shard.max() >= vocab_size:
         yield f"holds token id {shard.max()}, in a vocabulary of {vocab_size:,}"
     if re.search(r"_(val|node\d+)_0+\.(npy|bin)$", path.name) and shard[0] != vocab_size - 1:

@@ -286,10 +286,18 @@ def test_damaged_or_foreign_shards_are_errors(tmp_path):
         (tmp_path / name).write_bytes(data)
     np.save(tmp_path / "int32_val.npy", np.arange(9, dtype=np.int32))
     np.save(tmp_path / "square_val.npy", np.zeros((3, 3), dtype=np.uint16))
-    np.save(tmp_path / "zero_val.npy", np.zeros(0, dtype=np.uint16))
-    for name in [*bad, "int32_val.npy", "square_val.npy", "zero_val.npy"]:
+    for name in [*bad, "int32_val.npy", "square_val.npy"]:
         with pytest.raises(DataError, match=name):
             open_shard(tmp_path / name)
+
+
+def test_an_empty_shard_is_read_over_and_verify_names_it(tmp_path, make_shards, capsys):
+    """A shard without tokens harms no reader, but somebody should know of it."""
+    folder = make_shards(tmp_path / "data", {"val": [[50256, 1, 2]], "train": [[], [50256, 3]]})
+    assert [open_shard(path).size for path in fineweb.find_shards(folder, "train")] == [0, 2]
+    with pytest.raises(DataError, match="faults"):
+        fineweb.verify_shards(folder)
+    assert "edufineweb_train_000001.npy holds no tokens" in capsys.readouterr().out
 
 
 def test_find_shards_knows_the_names_and_sorts_them(tmp_path, make_shards):

@@ -63,6 +63,7 @@ def test_equal_to_hugging_face(name, tmp_path):
     assert ours.generate(prompt, 40, temperature=0).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_124M_equal_to_hugging_face(tmp_path):
     """The full size opens in transformers and computes the same there, both ways."""
     theirs, ours = hugging_face_twin(tmp_path / "theirs")

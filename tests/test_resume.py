@@ -160,6 +160,7 @@ def test_cut_log(tmp_path):
     assert not cut_log(tmp_path / "none.txt", 5)
 
 
+@pytest.mark.slow
 def test_newest_checkpoints_are_kept(undisturbed, text_shards, run_script, tmp_path):
     """--keep_checkpoints prunes the oldest, and only them; --resume starts where there is nothing to resume."""
     flags = [*TINY, "--data_dir", text_shards, "--out_dir", tmp_path / "out", "--keep_checkpoints", 2, "--resume"]

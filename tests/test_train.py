@@ -330,6 +330,7 @@ def test_training_state_is_plain(small_run):
     assert state["optimizers"][0]["state"][0]["step"] == 10 and state["rng"].dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_same_losses_on_two_processes(small_run, web_shards, run_script, tmp_path):
     """One process or two, other micro-batches: the same run to 1e-4, logged once and by one of them."""
     flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--micro_batch", "2"]
@@ -455,6 +456,7 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path):
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 257
 
 
+@pytest.mark.slow
 def test_runs_without_a_compiler(text_shards, run_script, tmp_path):
     """--compile on, on a machine with no C++ compiler: a plain warning, and an eager run."""
     flags = [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--compile", "on", "--max_steps", 5]
