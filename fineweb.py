@@ -7,7 +7,7 @@ Documents to token shards, the data that train_gpt2.py reads. This file owns the
     python fineweb.py --source stdlib --encoding bytes --out_dir tiny --shard_tokens 500_000      # needs no network
     python fineweb.py --pretokenized kjj0/fineweb10B-gpt2             # shards that others have published
     python fineweb.py --verify edu_fineweb10B                         # every hash, length and token
-    srun --nodes 4 --ntasks-per-node 1 python fineweb.py              # or torchrun: each takes its share
+    srun --nodes 4 --ntasks-per-node 1 --cpus-per-task 32 python fineweb.py    # or torchrun: each takes its share
 
 <|endoftext|> and a document, <|endoftext|> and the next: one stream of uint16 tokens, cut every --shard_tokens tokens
 into edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on, 1-D arrays as np.save writes them. The
