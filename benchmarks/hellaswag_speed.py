@@ -5,8 +5,8 @@ HellaSwag beside build-nanogpt's own loop: the same rows, GPT-2 124M's shape, ra
     python benchmarks/hellaswag_speed.py --peer PEER --file hellaswag_val.jsonl --rows 60
 
 The peer's render_example is imported from its hellaswag.py; the loop around it is that of its evaluate(), with the
-counting and without the printing. Two pairs are timed, each on one model: Hugging Face's, as both commands use it, and
-the GPT of the two training scripts. Ours counts everything from text to counts, tokenizing included. Prints a table in
+counting and without the printing. Two pairs are timed, of the same weights: Hugging Face's class, as each command opens
+it, and train_gpt2.GPT on both sides. Ours counts everything from text to counts, tokenizing included. Prints a table in
 markdown and writes benchmarks/results/hellaswag_speed.json, or hellaswag_speed_cuda.json. Leave the machine alone.
 """
 
@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -94,14 +95,17 @@ def main():
     torch.manual_seed(0)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which the peer's evaluate() turns on; ours turns it off
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device).eval()
     gpt = GPT(GPTConfig()).to(device).eval()
+    with tempfile.TemporaryDirectory() as folder:  # each program opens it in its own way
+        gpt.save_pretrained(folder)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+        opened = hellaswag.load_model(folder)[0].to(device).eval()
 
     def ours(trunk, head):
         return hellaswag.evaluate(trunk, head, encode, rows, device=device, batch_tokens=args.batch_tokens)
 
     pairs = [
-        ("GPT2LMHeadModel", lambda tokens: theirs(tokens).logits, hellaswag.trunk_and_head(theirs)),
+        ("GPT2LMHeadModel", lambda tokens: theirs(tokens).logits, hellaswag.trunk_and_head(opened)),
         ("train_gpt2.GPT", lambda tokens: gpt(tokens)[0], (gpt.trunk, gpt.head)),
     ]
     timings = [
