@@ -92,7 +92,8 @@ class TrainConfig:
 
     max_steps: int = 19073  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
     total_batch_tokens: int = 524288  # tokens of an update over all processes: 2**19, about 0.5M (GPT-3)
-    micro_batch: int = 64  # rows that a process computes at a time: as many as fit in memory (lecture)
+    micro_batch: int | Literal["auto"] = "auto"  # rows that a process computes at a time; auto: as many as fit
+    auto_tokens: ClassVar[dict] = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # then at most (lecture: 64 rows of 1024)
     seq_len: int = 1024  # tokens of a row, at most block_size (GPT-2)
     shuffle: bool = True  # permute shards and rows anew in every epoch; off is the lecture's order
 
@@ -108,7 +109,7 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 where it is native
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: wherever it works, but for mps
 
     eval_interval: int = 250  # steps between evaluations (lecture)
     val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (modded-nanogpt)
@@ -129,32 +130,32 @@ PRESETS = {
     "gpt2": (GPTConfig(), TrainConfig()),
     "gpt2-medium": (
         GPTConfig(n_layer=24, n_head=16, n_embd=1024),
-        TrainConfig(preset="gpt2-medium", lr=3e-4, micro_batch=32),
+        TrainConfig(preset="gpt2-medium", lr=3e-4),
     ),
     "gpt2-large": (
         GPTConfig(n_layer=36, n_head=20, n_embd=1280),
-        TrainConfig(preset="gpt2-large", lr=2.5e-4, micro_batch=16),
+        TrainConfig(preset="gpt2-large", lr=2.5e-4),
     ),
     "gpt2-xl": (
         GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-        TrainConfig(preset="gpt2-xl", lr=2e-4, micro_batch=8),
+        TrainConfig(preset="gpt2-xl", lr=2e-4),
     ),
     "gpt3-125m": (
         GPTConfig(block_size=2048),
-        TrainConfig(preset="gpt3-125m", seq_len=2048, micro_batch=32),
+        TrainConfig(preset="gpt3-125m", seq_len=2048),
     ),
     "gpt3-350m": (
         GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
-        TrainConfig(preset="gpt3-350m", seq_len=2048, micro_batch=16, lr=3e-4),
+        TrainConfig(preset="gpt3-350m", seq_len=2048, lr=3e-4),
     ),
     "gpt3-760m": (
         GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
-        TrainConfig(preset="gpt3-760m", seq_len=2048, micro_batch=8, lr=2.5e-4),
+        TrainConfig(preset="gpt3-760m", seq_len=2048, lr=2.5e-4),
     ),
     "gpt3-1.3b": (
         GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
         TrainConfig(
-            preset="gpt3-1.3b", seq_len=2048, micro_batch=4, lr=2e-4,
+            preset="gpt3-1.3b", seq_len=2048, lr=2e-4,
             total_batch_tokens=1048576, max_steps=9537, warmup_steps=358,
         ),
     ),
@@ -164,7 +165,7 @@ PRESETS = {
         GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=128, flash=False),
         TrainConfig(
             preset="demo", data_dir=str(HERE / "demo" / "data"), out_dir=str(HERE / "demo" / "log"),
-            max_steps=1700, total_batch_tokens=16 * 128, micro_batch=16, seq_len=128,
+            max_steps=1700, total_batch_tokens=16 * 128, seq_len=128,
             optimizer="muon", lr=0.014, min_lr_ratio=0.0, warmup_steps=50,
             eval_interval=600, save_interval=600, sample_interval=600,
             prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none",
@@ -227,6 +228,39 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), mask)  # attention is where tokens talk to each other
         x = x + self.mlp(self.ln_2(x))  # the MLP is where each thinks for itself
         return x
+
+
+HEAD_TOKENS = 4096  # whose logits exist at a time: 0.4 GB of them in bfloat16
+
+
+def head_loss(states, weight, targets, vocab_size):
+    """Mean cross entropy in nats of the logits states (N, C) @ weight.T at targets (N), those of -100 left out.
+
+    The logits are by far the largest tensor of a training step, and autograd would keep all of them for the backward
+    pass. But their gradient is known as soon as they are, softmax - onehot (Bridle 1990), so that each chunk of tokens
+    is carried on to states and weight at once and forgotten.
+    """
+    device, count = states.device, (targets != -100).sum()
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
+    constant_weight, constant_states = weight.detach().to(dtype), states.detach().to(dtype)
+    ids = torch.arange(len(weight), device=device)
+    loss, weight_grad, states_grads = 0.0, torch.zeros_like(weight), []
+    for chunk, labels in zip(constant_states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
+        logits = chunk @ constant_weight.t()  # (chunk, padded V)
+        logits[:, vocab_size:] = float("-inf")  # the padding of the vocabulary does not exist
+        log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        loss = loss + F.nll_loss(log_p, labels, reduction="sum")
+        if torch.is_grad_enabled():
+            onehot = (ids == labels[:, None]).to(dtype)
+            logits_grad = log_p.exp_().sub_(onehot).mul_((labels != -100)[:, None]).to(dtype)
+            states_grads.append(logits_grad @ constant_weight)
+            weight_grad += logits_grad.t() @ chunk
+    loss = loss / count
+    if torch.is_grad_enabled():
+        # of value 0, but with the gradients found above: what autograd sees of all this
+        linear = ((states * torch.cat(states_grads)).sum() + (weight * weight_grad).sum()) / count
+        loss = loss + (linear - linear.detach())
+    return loss
 
 
 def check_is_gpt2(hf_config):
@@ -297,12 +331,13 @@ class GPT(nn.Module):
         """idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
 
         The loss is the mean cross entropy in nats over the targets that are not -100, in float32. No logits come with
-        it, so that the largest tensor of the step can be freed as soon as the loss is known.
+        it: see head_loss.
         """
-        logits = self.head(self.trunk(idx))
+        states = self.trunk(idx)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.head(states), None
+        weight, vocab_size = self.lm_head.weight, self.config.vocab_size
+        return None, head_loss(states.flatten(0, 1), weight, targets.flatten(), vocab_size)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
         """Continue each row of idx (B, T) by max_new_tokens sampled ids: returns (B, T + max_new_tokens).
@@ -423,8 +458,9 @@ class DataLoaderLite:
 
     SHUFFLE_ROWS = 65_536  # about a shard of FineWeb-Edu at T=1024
 
-    def __init__(self, data_dir, split, B, T, rank=0, world_size=1, shuffle=True, seed=1337):
+    def __init__(self, data_dir, split, B, T, rank=0, world_size=1, shuffle=True, seed=1337, device="cpu"):
         self.B, self.T, self.rank, self.world_size, self.shuffle, self.seed = B, T, rank, world_size, shuffle, seed
+        self.device = torch.device(device)
         self.paths = fineweb.find_shards(data_dir, split)
         self.vocab_size = fineweb.read_manifest(data_dir)["vocab_size"]
         self.shards = [fineweb.open_shard(path) for path in self.paths]
@@ -489,14 +525,19 @@ class DataLoaderLite:
 
     def rows(self, positions):
         """The rows at these positions: inputs x and targets y, each (len(positions), T) int64, views of one tensor."""
-        tokens = np.empty((len(positions), self.T + 1), dtype=np.uint16)
+        tokens = np.empty((len(positions), self.T + 1), dtype=np.int32)
         for row, position in zip(tokens, positions):
             self._read_tokens(self._row_index(position) * self.T, row)
-        tokens = torch.from_numpy(tokens.astype(np.int64))
+        tokens = torch.from_numpy(tokens)
+        if self.device.type == "cuda":
+            tokens = (
+                tokens.pin_memory()
+            )  # else the host would wait for the copy, and so for all that is queued before it
+        tokens = tokens.to(self.device, non_blocking=True).long()
         return tokens[:, :-1], tokens[:, 1:]
 
     def next_batch(self):
-        """This process's next micro-batch: x and y, each (B, T) int64 on the CPU."""
+        """This process's next micro-batch: x and y, each (B, T) int64 on the device."""
         first = self.position + self.rank * self.B
         self.position += self.B * self.world_size
         return self.rows(range(first, first + self.B))
@@ -614,12 +655,16 @@ class Runtime:
         return tensor
 
     def raise_if_stopped(self):
-        """Raise Stopped on every process if any of them has received a signal: they meet here, on the CPU."""
-        stop = torch.tensor(self.stop.received is not None, dtype=torch.uint8)
-        if self.world_size > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if stop:
+        """Raise Stopped on every process if any of them has received a signal."""
+        if self.any_rank(self.stop.received is not None):
             raise Stopped
+
+    def any_rank(self, flag):
+        """Whether the flag is set on any process: they meet here, on the CPU."""
+        flag = torch.tensor(flag, dtype=torch.uint8)
+        if self.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def from_rank0(self, value):
         """Rank 0's value, on every process: it is waited for."""
@@ -691,7 +736,7 @@ def setup_runtime(config):
             store=fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None,
             rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device if on_gpu else None,
         )  # fmt: skip
-    wants_compile = config.compile == "on" or (config.compile == "auto" and device_type == "cuda")
+    wants_compile = config.compile == "on" or (config.compile == "auto" and device_type != "mps")
     error = compiler_error(device) if wants_compile else None
     runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), wants_compile and not error)
     if error:
@@ -737,7 +782,7 @@ def validation_loss(model, loader, val_tokens, runtime):
         y = y.clone()  # x and y are views of the same tokens
         y[rows - first :] = -100  # the rows past the end, which cross_entropy ignores
         with runtime.autocast():
-            _, loss = model(x.to(runtime.device), y.to(runtime.device))
+            _, loss = model(x, y)
         losses.append(loss)
         counts.append(min(B, rows - first) * T)
     losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
@@ -749,17 +794,16 @@ def load_hellaswag(config, encoding, block_size, runtime):
     """The rows to score, tokenized; None where they are not wanted, not to be had or too long. Alike on all ranks."""
     if config.hellaswag_file == "none" or encoding.name != "gpt2":
         return None
-    rows = None
+    examples = None
     if runtime.rank == 0:
         try:
             rows = hellaswag.find_rows(config.hellaswag_file)
-            rows = hellaswag.prepare(rows, encoding.encode_ordinary, block_size)  # once for all evaluations
+            examples = hellaswag.prepare(rows, encoding.encode_ordinary, block_size)  # once for all evaluations
         except hellaswag.HellaSwagError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
                 raise  # a file that was asked for
-            rows = None
             runtime.print0(f"training without HellaSwag: {error}")
-    return runtime.from_rank0(rows)
+    return runtime.from_rank0(examples)
 
 
 def hellaswag_accuracy(raw_model, rows, runtime):
@@ -1115,11 +1159,43 @@ class Run(NamedTuple):
 
 def wrap_model(raw_model, runtime):
     """The handle to train through: compiled, and synchronizing gradients where there are several processes."""
-    model = torch.compile(raw_model, dynamic=False) if runtime.compile else raw_model
+    model = torch.compile(raw_model, dynamic=False, fullgraph=True) if runtime.compile else raw_model
     if runtime.world_size > 1:
         device_ids = [runtime.device] if runtime.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     return model
+
+
+def pick_micro_batch(raw_model, config, runtime):
+    """Rows of a micro-batch: --micro_batch, or for auto the most that fit and divide a process's share of the batch.
+
+    On a GPU the sizes are tried, eagerly, which takes more memory than a compiled step. Raises ConfigError.
+    """
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    rows = config.total_batch_tokens // (config.seq_len * runtime.world_size)
+    most = min(rows, max(1, config.auto_tokens[runtime.device.type] // config.seq_len))
+    for size in (size for size in range(most, 0, -1) if rows % size == 0):
+        failed = runtime.device.type == "cuda" and not fits_in_memory(raw_model, size, config.seq_len, runtime)
+        if not runtime.any_rank(failed):
+            return size
+    raise ConfigError(f"not one row of --seq_len {config.seq_len} fits in this GPU's memory: shorten it, or --n_layer")
+
+
+def fits_in_memory(raw_model, B, T, runtime):
+    """Whether a GPU can do a forward and a backward pass of (B, T) tokens with the optimizer's moments beside them."""
+    fits = True
+    try:
+        moments = torch.empty(2 * raw_model.num_params(), device=runtime.device)
+        tokens = torch.zeros(B, T, dtype=torch.long, device=runtime.device)
+        with runtime.autocast():
+            raw_model(tokens, tokens)[1].backward()
+        del moments
+    except torch.OutOfMemoryError:
+        fits = False
+    raw_model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return fits
 
 
 def train_step(model, optimizers, scaler, loader, step, config, runtime):
@@ -1132,7 +1208,6 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
     for micro_step in range(grad_accum_steps):
         runtime.raise_if_stopped()
         x, y = loader.next_batch()
-        x, y = x.to(runtime.device), y.to(runtime.device)
         # gradients add up locally; only the last backward pass averages them over the processes
         last_micro_step = micro_step == grad_accum_steps - 1
         with nullcontext() if last_micro_step else getattr(model, "no_sync", nullcontext)():
@@ -1162,10 +1237,16 @@ def evaluate(step, run, config, runtime):
     """Measure, print and log what is due at this step. Raises Stopped, with nothing logged."""
     last_step = step == config.max_steps
     if step % config.eval_interval == 0 or last_step:
+        times = [time.perf_counter()]
         results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
+        times.append(time.perf_counter())
         if run.hellaswag_rows:
             results["hella"] = hellaswag_accuracy(run.raw_model, run.hellaswag_rows, runtime)
-        runtime.print0(f"step {step:5d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in results.items()))
+            times.append(time.perf_counter())
+        parts = [
+            f"{name}: {value:.4f} ({b - a:.1f} s)" for (name, value), a, b in zip(results.items(), times, times[1:])
+        ]
+        runtime.print0(f"step {step:5d} | " + " | ".join(parts))
         if runtime.rank == 0:
             run.log.write(step, **results)
             with suppress(OSError):  # of a full disk, which the log has named
@@ -1196,9 +1277,9 @@ def set_up(model_config, config, runtime, state, weights):
     """The parts of a run: a new one's, or those of the checkpoint with this training state and these weights."""
     torch.manual_seed(config.seed)
     encoding = fineweb.get_encoding(fineweb.read_manifest(config.data_dir)["encoding"])
-    layout = config.micro_batch, config.seq_len, runtime.rank, runtime.world_size
-    loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed)
-    val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False)
+    layout = 1, config.seq_len, runtime.rank, runtime.world_size  # one row, until it is known how many fit
+    loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed, runtime.device)
+    val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False, device=runtime.device)
     fingerprint = {"encoding": encoding.name, **val_loader.fingerprint(), **loader.fingerprint()}
     if state:
         check_resumable(state, model_config, config, fingerprint)
@@ -1208,6 +1289,7 @@ def set_up(model_config, config, runtime, state, weights):
     else:
         raw_model = load_model(model_config, encoding, config)
     raw_model.to(runtime.device)
+    loader.B = val_loader.B = pick_micro_batch(raw_model, config, runtime)
     hellaswag_rows = load_hellaswag(config, encoding, raw_model.config.block_size, runtime)
     optimizers = configure_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -1313,6 +1395,7 @@ def config_errors(model_config, config):
                 "max_new_tokens"]  # fmt: skip
     not_negative = ["max_steps", "warmup_steps", "weight_decay", "grad_clip", "sample_interval"]
     values = {**asdict(model_config), **asdict(config)}
+    values["micro_batch"] = 1 if config.micro_batch == "auto" else config.micro_batch
     errors += [f"--{name} is {values[name]}: it must be above 0" for name in positive if not values[name] > 0]
     errors += [f"--{name} is {values[name]}: it must be 0 or more" for name in not_negative if not values[name] >= 0]
     errors += [f"--{name} is inf: it must be finite" for name in positive + not_negative if values[name] == math.inf]
@@ -1348,7 +1431,7 @@ def relation_errors(model_config, config, world_size):
             f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of --seq_len {c.seq_len} x {world_size} "
             f"processes: {max(1, rows) * c.seq_len * world_size} is"
         )
-    elif rows % c.micro_batch:
+    elif c.micro_batch != "auto" and rows % c.micro_batch:
         fits = max(b for b in range(1, min(c.micro_batch, rows) + 1) if rows % b == 0)
         errors.append(f"--micro_batch {c.micro_batch} does not divide a process's {rows} rows of a batch: {fits} does")
     if c.warmup_steps > c.max_steps > 0:
@@ -1455,7 +1538,10 @@ def main(arguments=None):
             runtime.from_rank0("the folders are ready")
             train(model_config, config, runtime)
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory: halve --micro_batch (the batch of an update stays the same)", file=sys.stderr)
+        print(
+            "error: out of GPU memory: give --micro_batch, or halve it (the batch of an update stays the same)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

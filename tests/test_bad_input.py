@@ -18,7 +18,7 @@ from train_gpt2 import GPTConfig, TrainConfig, read_log
 
 ROOT = Path(__file__).parent.parent
 TINY = (
-    "--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 8 --block_size 16 --seq_len 16 "
+    "--device cpu --compile off --dtype float32 --n_layer 1 --n_head 2 --n_embd 8 --block_size 16 --seq_len 16 "
     "--total_batch_tokens 64 --micro_batch 2 --max_steps 2 --warmup_steps 1 --lr 0.01 --min_lr_ratio 0.1 "
     "--eval_interval 1 --val_tokens 64 --save_interval 2 --sample_interval 2 --prompt Hi --num_samples 1 "
     "--max_new_tokens 2 --hellaswag_file none"

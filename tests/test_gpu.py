@@ -1,6 +1,9 @@
 """What only a CUDA device can show; run with pytest -m gpu."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from train_gpt2 import GPT, read_log
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--device cuda --n_layer 2 --n_head 2 --n_embd 64 --block_size 128 --seq_len 128 --total_batch_tokens 4096 "
     "--micro_batch 8 --warmup_steps 5 --max_steps 20 --lr 0.003 --eval_interval 10 --val_tokens 5000 "
@@ -50,3 +54,21 @@ def test_equal_to_hugging_face_on_the_gpu(tmp_path):
         assert (ours(ids)[0] - theirs(ids).logits).abs().max() <= 1e-3
     generator = torch.Generator("cuda").manual_seed(1)
     assert ours.generate(ids[:, :5], 10, generator=generator).max() < 50257
+
+
+def test_micro_batch_auto_fits(shards, run_script, tmp_path):
+    """The largest micro-batch that the memory holds is found by trying, and the run goes through with it."""
+    script = (
+        "import sys, torch, train_gpt2; torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1)));"
+        "train_gpt2.main(sys.argv[1:])"
+    )
+    total = torch.cuda.get_device_properties(0).total_memory
+    flags = [*SMALL, "--micro_batch", "auto", "--total_batch_tokens", 65536, "--n_embd", 512, "--data_dir", shards]
+    rows = {}
+    for gigabytes in (1.5, 8):
+        out = ["--max_steps", "5", "--out_dir", tmp_path / str(gigabytes)]
+        command = [sys.executable, "-c", script, gigabytes * 2**30 / total, *flags, *out]
+        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows[gigabytes] = int(re.search(r"= (\d+) rows x", done.stdout)[1])
+    assert rows[1.5] < rows[8] == 512

@@ -3,8 +3,10 @@ import math
 import pytest
 import tiktoken
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import train_gpt2
 from train_gpt2 import GPT, PRESETS, ConfigError, GPTConfig, TrainConfig, configure_optimizers
 
 TINY = GPTConfig(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=32)
@@ -204,3 +206,39 @@ def test_loss_ignores_filled_rows():
     x, y = ids[:, :-1], ids[:, 1:].clone()
     y[3:] = -100
     torch.testing.assert_close(model(x, y)[1], model(x[:3], y[:3])[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_chunks_is_the_plain_loss(dtype, monkeypatch):
+    """Guards the gradients that head_loss works out by itself, its padding, its ignored targets and its last chunk."""
+    monkeypatch.setattr(train_gpt2, "HEAD_TOKENS", 50)  # 4 * 32 targets are two chunks and a part of one
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    ids = torch.randint(0, 1000, (4, 33))
+    x, y = ids[:, :-1], ids[:, 1:].clone()
+    y[2:, 20:] = -100
+    losses, gradients = [], []
+    for plain in (True, False):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(x)[0].flatten(0, 1).float(), y.flatten()) if plain else model(x, y)[1]
+        (3 * loss).backward()  # as a scaler does
+        losses.append(loss.detach())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], atol=2e-6, rtol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= tolerance * expected.norm(), name
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, y)[1], losses[0], atol=2e-6 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+def test_loss_keeps_no_logits(monkeypatch):
+    """Guards the memory of a training step: of all that waits for the backward pass, nothing is as wide as the ids."""
+    monkeypatch.setattr(train_gpt2, "HEAD_TOKENS", 50)
+    model, widths = GPT(TINY), []
+    ids = torch.randint(0, 1000, (4, 33))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: widths.append(t.shape) or t, lambda t: t):
+        model(ids[:, :-1], ids[:, 1:])
+    assert widths and not any(shape[-1:] in [(1000,), (1024,)] for shape in widths)

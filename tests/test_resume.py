@@ -27,9 +27,10 @@ import train_gpt2
 from train_gpt2 import EXIT_STOPPED, StopSignal, cut_log, read_log
 
 TINY = (
-    "--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 --optimizer muon "
-    "--total_batch_tokens 512 --micro_batch 4 --warmup_steps 5 --max_steps 40 --lr 0.01 --eval_interval 10 "
-    "--val_tokens 2000 --sample_interval 0 --save_interval 10 --keep_checkpoints 9 --hellaswag_file none"
+    "--device cpu --compile off --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 "
+    "--optimizer muon --total_batch_tokens 512 --micro_batch 4 --warmup_steps 5 --max_steps 40 --lr 0.01 "
+    "--eval_interval 10 --val_tokens 2000 --sample_interval 0 --save_interval 10 --keep_checkpoints 9 "
+    "--hellaswag_file none"
 ).split()
 
 

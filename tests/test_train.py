@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from train_gpt2 import (
     configure_optimizers,
     get_lr,
     pick_dtype,
+    pick_micro_batch,
     read_log,
     save_checkpoint,
     train_step,
@@ -32,7 +33,7 @@ from train_gpt2 import (
 )
 
 SMALL = (
-    "--device cpu --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 "
+    "--device cpu --compile off --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 "
     "--total_batch_tokens 512 --micro_batch 4 --warmup_steps 5 --max_steps 20 --lr 0.01 "
     "--eval_interval 10 --val_tokens 2000 --sample_interval 0 --save_interval 10 --hellaswag_file none"
 ).split()
@@ -139,8 +140,7 @@ def test_presets_are_consistent():
     """A preset that its own checks refuse, or that strays from the papers' tables, is no default."""
     for name, (model, run) in PRESETS.items():
         assert run.preset == name and model.n_embd % model.n_head == 0 and run.seq_len <= model.block_size
-        assert run.total_batch_tokens % (run.seq_len * run.micro_batch) == 0
-        assert (run.total_batch_tokens // run.seq_len) % (8 * run.micro_batch) == 0 or name == "demo"
+        assert run.total_batch_tokens % (8 * run.seq_len) == 0
     sizes = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     with torch.device("meta"):
         assert {name: GPT(PRESETS[name][0]).num_params() for name in sizes} == sizes
@@ -468,16 +468,43 @@ def test_runs_without_a_compiler(text_shards, run_script, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_run(web_shards, hellaswag_rows, run_script, tmp_path):
-    """The original turns compilation off because HellaSwag and sampling broke it; ours samples, scores and saves."""
+    """The original turns compilation off because HellaSwag and sampling broke it; ours samples, scores and saves, and
+    compiles two graphs in all, one to train and one without gradients to validate.
+    """
     flags = [*SMALL, "--data_dir", web_shards, "--block_size", 256]
     compiled_flags = ["--compile", "on", "--sample_interval", 10, "--hellaswag_file", hellaswag_rows]
-    done = run_script("train_gpt2.py", *flags, *compiled_flags, "--out_dir", tmp_path)
+    done = run_script("train_gpt2.py", *flags, *compiled_flags, "--out_dir", tmp_path, TORCH_LOGS="recompiles")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Recompiling function") == 1 and "grad_mode" in done.stderr, done.stderr
     assert len(read_log(tmp_path / "log.txt")["hella"][0]) == 3
     assert "compiled" in done.stdout and done.stdout.count("sample 0: Hello, I'm a language model,") == 2
     done = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "eager")
     assert done.returncode == 0, done.stderr
-    eager, compiled = (read_log(out / "log.txt") for out in (tmp_path / "eager", tmp_path))
+    two = [*flags, "--compile", "on", "--out_dir", tmp_path / "two", "--micro_batch", 2]
+    done = run_script("train_gpt2.py", *two, processes=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    eager, compiled, two = (read_log(out / "log.txt") for out in (tmp_path / "eager", tmp_path, tmp_path / "two"))
     assert compiled["train"][1] == pytest.approx(eager["train"][1], abs=1e-3)
+    assert two["train"][1] == pytest.approx(eager["train"][1], abs=1e-3)
     names = GPT.from_pretrained(tmp_path / "checkpoints" / "step_000020").state_dict()
     assert not any("_orig_mod" in name for name in names)
+
+
+def test_micro_batch_by_itself(text_shards, run_script, tmp_path):
+    """Guards --micro_batch auto: the largest that divides each process's rows, of at most 4,096 tokens on a CPU."""
+    model = GPT(GPTConfig(block_size=1024, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    for rows, seq_len, expected in (
+        (6, 1024, 3),
+        (512, 1024, 4),
+        (7, 1024, 1),
+        (48, 64, 48),
+        (96, 64, 48),
+        (1, 8192, 1),
+    ):
+        config = TrainConfig(total_batch_tokens=rows * seq_len, seq_len=seq_len)
+        assert pick_micro_batch(model, config, CPU) == expected
+        two = replace(CPU, world_size=2)
+        assert rows % 2 or pick_micro_batch(model, replace(config, micro_batch=5), two) == 5
+    flags = [*SMALL[: SMALL.index("--micro_batch")], *SMALL[SMALL.index("--micro_batch") + 2 :], "--max_steps", 5]
+    done = run_script("train_gpt2.py", *flags, "--data_dir", text_shards, "--out_dir", tmp_path)
+    assert "512 tokens = 8 rows x 64 tokens x 1 processes x 1 micro-steps" in done.stdout, done.stderr
