@@ -267,8 +267,11 @@ def open_source(source: str, pinned: str | None) -> tuple[Iterator[Task], str]:
         return batched(stdlib_texts()), f"python {platform.python_version()}"
     name, _, config = source.partition(":")
     if Path(source).exists() or not HUB_NAME.fullmatch(source) or re.search(r"\.[a-zA-Z]\w*$", name):
-        files = source_files(source)
-        sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
+        try:
+            files = source_files(source)
+            sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}): check --source") from error
         return file_tasks(map(str, files)), hashlib.sha256(sizes.encode()).hexdigest()[:16]
     revision = pinned or hub_dataset(name).sha
     return hub_tasks(name, config or None, revision), revision
@@ -409,7 +412,9 @@ def file_texts(path: str) -> Iterator[str | None]:
         if text_format(path) == ".txt":
             yield file.read().decode()
             return
-        is_array = text_format(path) == ".json" and file.read(1) == b"["  # else, and in .jsonl, a line is a row
+        is_array = (
+            text_format(path) == ".json" and file.read(256).lstrip()[:1] == b"["
+        )  # else, as in .jsonl, a row a line
         file.seek(0)
         for row in json.loads(file.read()) if is_array else (json.loads(line) for line in file if not line.isspace()):
             yield row.get("text") if isinstance(row, dict) else None
@@ -684,9 +689,6 @@ def go_on_from(out_dir: Path, settings: dict) -> tuple[dict, dict]:
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
             return earlier, later
         if not settings.get("pretokenized"):
-            if any("end" not in entry for entry in earlier["shards"].values()):
-                reason = "does not say where in the source its shards end, so this run cannot go on after them"
-                raise DataError(f"{path} {reason}: delete {out_dir} and start over, or name another --out_dir")
             later = {name: entry for name, entry in earlier["shards"].items() if name not in manifest["shards"]}
     return manifest, later
 
@@ -761,6 +763,8 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
     Takes the validation split and as many training shards, in order of name, as make up max_tokens; all without it.
     Each is held against the Hub's hash and its own header. Returns: the manifest. Raises: DataError.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"--max_tokens {max_tokens}: give at least 1")
     out_dir, before = Path(out_dir), read_manifest(out_dir)
     pinned = before["revision"] if before["source"] == repo else None
     info = None if pinned and before["finished"] else hub_dataset(repo, revision=pinned, files_metadata=True)
@@ -772,9 +776,12 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
         chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
         manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
         write_manifest(out_dir, manifest)
-        with ThreadPoolExecutor(4) as pool:
+        pool = ThreadPoolExecutor(4)
+        try:
             entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
             manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
     print(f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(chosen)} shards in {out_dir}")
@@ -786,7 +793,9 @@ def choose_shards(files: dict, repo: str, max_tokens: int | None) -> list:
     splits = {name: SHARD_NAME.match(name)[1] for name in sorted(files) if SHARD_NAME.match(name)}
     chosen = [name for name, split in splits.items() if split == "val"]
     for name, split in splits.items():
-        if split == "train" and sum(files[name].size // 2 for name in chosen) < (max_tokens or sys.maxsize):
+        if split == "train" and sum(files[name].size // 2 for name in chosen) < (
+            sys.maxsize if max_tokens is None else max_tokens
+        ):
             chosen.append(name)
     if {splits[name] for name in chosen} != {"val", "train"}:
         mend = "check its name, and raise --max_tokens if that is little"
@@ -814,7 +823,11 @@ def describe(path: Path, eot_token: int) -> dict:
     """Return what a manifest says of a shard, read from the shard. Raises DataError if it is none."""
     tokens = open_shard(path)
     documents = int(np.count_nonzero(tokens == eot_token))  # no text encodes to it
-    return {"tokens": tokens.size, "documents": documents, "sha256": hashlib.sha256(np.memmap(path)).hexdigest()}
+    return {
+        "tokens": tokens.size,
+        "documents": documents,
+        "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest(),
+    }
 
 
 def verify_shards(data_dir: Path) -> None:
@@ -824,7 +837,7 @@ def verify_shards(data_dir: Path) -> None:
     Raises DataError if anything is wrong, after a line for each finding.
     """
     data_dir, manifest = Path(data_dir), read_manifest(data_dir)
-    paths, listed = list_shards(data_dir), manifest["shards"]
+    paths, listed = list_shards(data_dir) if data_dir.is_dir() else [], manifest["shards"]
     if not paths:
         raise DataError(f"no shards in {data_dir}: check --verify")
     names = [path.name for path in paths]
@@ -923,13 +936,17 @@ def main() -> None:
 
     try:
         tyro.cli(run, use_underscores=True)
-    except (DataError, OSError) as error:
-        mend = ": check --out_dir" if isinstance(error, OSError) else ""  # of a source it would be a DataError
+    except (DataError, OSError, MemoryError) as error:
+        mends = {
+            OSError: ": check --out_dir",
+            MemoryError: ": lower --shard_tokens",
+        }  # of a source it would be a DataError
+        mend = next((mend for kind, mend in mends.items() if isinstance(error, kind)), "")
         print(f"error: {error}{mend}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for the downloads that are under way
 
 
 if __name__ == "__main__":

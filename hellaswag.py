@@ -41,7 +41,11 @@ from tqdm import tqdm
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 FILE = Path(__file__).parent / "hellaswag" / "hellaswag_val.jsonl"
 FULL_ROWS = 10_042  # rows of the official validation file
-HEAD_PARTS = 8  # a batch's scored tokens are projected to the vocabulary in so many parts: a token's logits are 200 KB
+HEAD_PARTS = {
+    "cpu": 2,
+    "cuda": 8,
+    "mps": 8,
+}  # in which a batch is projected to the vocabulary: 200 KB of logits a token
 FIELDS = {"completion": ["ctx"], "harness": ["activity_label", "ctx_a", "ctx_b"]}  # of a row, to make the context of
 
 # acc / acc_norm over all rows: GPT-2's from build-nanogpt's hellaswag.py and notebook, which quote EleutherAI's for
@@ -83,7 +87,8 @@ def parse(line: bytes, style="completion") -> dict | None:
     try:
         row = json.loads(line)
         texts, endings, label = [row[field] for field in FIELDS[style]], row["endings"], row["label"]
-    except (ValueError, KeyError, TypeError):  # ValueError is neither JSON nor UTF-8
+        json.dumps([*texts, *endings], ensure_ascii=False).encode()  # raises for half a surrogate pair
+    except (ValueError, KeyError, TypeError, RecursionError):  # ValueError is neither JSON nor UTF-8
         return None
     fits = isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)
     fits &= all(isinstance(text, str) for text in texts) and any(texts)  # WikiHow's ctx_b is empty
@@ -303,7 +308,8 @@ def score(trunk, head, batch, device="cpu") -> torch.Tensor:
     mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]  # (B, 1, T, T)
     with exact_fp32(device):
         states = trunk(ids, position_ids, mask).flatten(0, 1)[predictors]  # (N, C): spare the wide head all the rest
-        pieces = zip(states.tensor_split(HEAD_PARTS), targets.tensor_split(HEAD_PARTS), strict=True)
+        parts = HEAD_PARTS[torch.device(device).type]
+        pieces = zip(states.tensor_split(parts), targets.tensor_split(parts), strict=True)
         losses = torch.cat([F.cross_entropy(head(state).float(), target, reduction="none") for state, target in pieces])
     lengths = [len(ending) for _, endings in packs for ending in endings]
     sums = [loss.sum() for loss in losses.cpu().double().split(lengths)]  # on the CPU, since mps has no float64
@@ -335,15 +341,17 @@ class OneDNN(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and not kwargs:
-            states, weight, bias = (*args, None)[:3]
-        elif function is torch.addmm and not kwargs:  # transformers' Conv1D
-            bias, states, weight = args[0], args[1], args[2].t()
-        else:
-            return function(*args, **(kwargs or {}))
-        float32 = {tensor.dtype for tensor in args if tensor is not None} == {torch.float32}
-        if not float32 or not states.numel() or (bias is not None and bias.dim() != 1):
-            return function(*args)
+        kwargs = kwargs or {}
+        states, weight, bias = (*args, None, None, None)[:3]
+        if function is torch.addmm:  # transformers' Conv1D
+            bias, states, weight = args[0], args[1], args[2].t() if isinstance(args[2], torch.Tensor) else None
+        elif function is not F.linear:
+            return function(*args, **kwargs)
+        tensors = [states, weight] if bias is None else [states, weight, bias]
+        fits = not kwargs and all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in tensors)
+        fits = fits and weight.dim() == 2 and weight.numel() and states.numel() and not torch.compiler.is_compiling()
+        if not fits or (bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous())):
+            return function(*args, **kwargs)  # what the operator does not check
         return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
@@ -455,10 +463,10 @@ def report(counts, style) -> str:
     return "\n".join(lines)
 
 
-def save_answers(path, rows, answers, style) -> None:
+def save_answers(path, rows, answers, style, mode="w") -> None:
     """Write a line of JSON for each row, in the rows' order. Raises HellaSwagError."""
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, mode, encoding="utf-8") as file:
             for answer in sorted(answers, key=lambda answer: answer.example.number):
                 number, _, divisors, label = answer.example
                 record = {"line": number + 1, "ind": rows[number].get("ind"), "style": style, "label": label}
@@ -494,8 +502,8 @@ def run(
     rows = find_rows(file, limit, style)
     if save and Path(save).resolve() == Path(file).resolve():
         raise HellaSwagError(f"--save {save}: the rows are in that file; give another name")
-    if save:
-        save_answers(save, rows, [], style)  # now, rather than when the work is done, is the time to find that it fails
+    if save:  # now, rather than when the work is done, is the time to find that it fails
+        save_answers(save, rows, [], style, mode="a")
     note = "" if len(rows) == FULL_ROWS else f" (not all {FULL_ROWS:,}: do not compare with published figures)"
     print(f"{model} on {device}, {len(rows):,} rows of {file}{note}, {style} style\n", flush=True)
 
@@ -507,9 +515,11 @@ def run(
     start = time.perf_counter()
     answers = list(ask(*callables, examples, device=device))
     print(f"{len(rows):,} rows in {time.perf_counter() - start:.1f} s")
+    if not all(map(math.isfinite, itertools.chain.from_iterable(answer.losses for answer in answers))):
+        raise HellaSwagError(f"--model {model}: its losses are not finite, so are its weights: give another checkpoint")
+    print(report(count(answers), style))
     if save:
         save_answers(save, rows, answers, style)
-    print(report(count(answers), style))
 
 
 def main() -> None:
@@ -521,6 +531,8 @@ def main() -> None:
     except HellaSwagError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -237,6 +237,14 @@ def test_unreadable_data_is_named(tmp_path, data, tiny, run_bound, lock, name, m
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_that_may_only_be_read_are_verified(data, run_bound, lock):
+    """Guards --verify on a corpus of others."""
+    for path in [*data.iterdir(), data]:
+        lock(path, 0o555)
+    out, err = run_bound("fineweb.py", "--verify", data)[1:]
+    assert "tokens per document" in out and "denied" not in err, err
+
+
 @pytest.mark.parametrize("mode", [0o555, 0o333, 0])
 def test_an_output_folder_without_rights_is_named(tmp_path, data, tiny, run_bound, lock, mode):
     """A folder that cannot be written to must stop the run before it trains, not when it saves."""

@@ -394,22 +394,6 @@ def test_a_finished_folder_is_left_alone(finished, capsys):
         assert shard_files(finished) == before and find_shards(finished, "train")
 
 
-def test_a_manifest_that_says_not_where_shards_end(finished):
-    """Guards folders of an older fineweb.py: usable if finished, and else neither a traceback nor a loss."""
-    source, manifest = str(finished.parent / "in.jsonl"), read_manifest(finished)
-    for entry in manifest["shards"].values():
-        del entry["end"]
-    (finished / "manifest.json").write_text(json.dumps(manifest))
-    assert prepare(source, finished, "bytes", shard_tokens=300) == manifest
-    (finished / "edufineweb_train_000002.npy").unlink()
-    before = shard_files(finished)
-    for is_finished in (True, False):
-        (finished / "manifest.json").write_text(json.dumps(manifest | {"finished": is_finished}))
-        with pytest.raises(DataError, match="manifest.json does not say where .*: delete .* and start over"):
-            prepare(source, finished, "bytes", shard_tokens=300)
-        assert shard_files(finished) == before
-
-
 def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
     """Guards the pin: what the Hub has newer today makes yesterday's shards neither incomplete nor foreign."""
     pinned = read_manifest(finished) | {"source": "some-org/some-data:config", "revision": "0123abc"}
@@ -580,6 +564,7 @@ def test_stdlib_is_the_same_modules_in_the_same_order(tmp_path):
 def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished):
     """Guards against tracebacks: each mistake gets one line that names the file or the flag."""
     pa.parquet.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "wrong.parquet")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
     offline = {"HTTPS_PROXY": "http://127.0.0.1:9"}
     mistakes = {
         "absent.jsonl": ["--source", "absent.jsonl"],
@@ -587,13 +572,12 @@ def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished)
         f"{finished} holds shards of other settings": ["--source", "stdlib", "--out_dir", finished],
         "--encoding gpt2 or --encoding bytes": ["--encoding", "bits"],
         "--pretokenized takes shards as they are": ["--pretokenized", "some-org/some-shards"],
-        "some-org/some-shards is neither a file here nor": [
-            "--pretokenized",
-            "some-org/some-shards",
-            "--encoding",
-            "gpt2",
-        ],
+        "some-org/some-shards is neither a file": ["--pretokenized", "some-org/some-shards", "--encoding", "gpt2"],
+        "--max_tokens 0: give": ["--pretokenized", "a/b", "--encoding", "gpt2", "--max_tokens", 0],
         "no shards in absent": ["--verify", "absent"],
+        "wrong.parquet: check --verify": ["--verify", tmp_path / "wrong.parquet"],
+        "gone.jsonl cannot be read": ["--source", tmp_path / "*.jsonl"],
+        "lower --shard_tokens": ["--source", "stdlib", "--shard_tokens", 10**14],
         "--shard_tokens": ["--source", "stdlib", "--shard_tokens", "1_000", "--max_tokens", "1_000"],
         "HuggingFaceFW/fineweb-edu is neither a file here": [],
         str(tmp_path / "wrong.parquet"): ["--source", "stdlib", "--out_dir", tmp_path / "wrong.parquet" / "below"],
