@@ -160,7 +160,8 @@ PRESETS = {
         ),
     ),
     # chosen by measurement on two CPU cores (benchmarks/results/demo.md), where at this size the explicit attention is
-    # the faster one, and many steps of a shallow model learn more than fewer of a deep one
+    # the faster one, compiling takes longer than it saves, and many steps of a shallow model learn more than fewer of a
+    # deep one
     "demo": (
         GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=128, flash=False),
         TrainConfig(
@@ -168,7 +169,7 @@ PRESETS = {
             max_steps=1700, total_batch_tokens=16 * 128, seq_len=128,
             optimizer="muon", lr=0.014, min_lr_ratio=0.0, warmup_steps=50,
             eval_interval=600, save_interval=600, sample_interval=600,
-            prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none",
+            prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none", compile="off",
         ),
     ),
 }  # fmt: skip

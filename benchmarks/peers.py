@@ -175,7 +175,7 @@ def draw(rows):
     program.barh(names, first, label="up to the first step's end")
     program.barh(names, [row["seconds"] for row in rows] - first, left=first, label="after it")
     program.set(xlabel="seconds of the whole program")
-    program.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     step.invert_yaxis()
     return figure
 
