@@ -92,8 +92,10 @@ class TrainConfig:
 
     max_steps: int = 19073  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
     total_batch_tokens: int = 524288  # tokens of an update over all processes: 2**19, about 0.5M (GPT-3)
-    micro_batch: int | Literal["auto"] = "auto"  # rows that a process computes at a time; auto: as many as fit
-    auto_tokens: ClassVar[dict] = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # then at most (lecture: 64 rows of 1024)
+    micro_batch: int | Literal["auto"] = (
+        "auto"  # rows at a time; auto: what fits, up to 65,536 tokens on a GPU, else 4,096
+    )
+    auto_tokens: ClassVar[dict] = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # of micro_batch auto (lecture: 64 x 1024)
     seq_len: int = 1024  # tokens of a row, at most block_size (GPT-2)
     shuffle: bool = True  # permute shards and rows anew in every epoch; off is the lecture's order
 
@@ -231,7 +233,7 @@ class Block(nn.Module):
         return x
 
 
-HEAD_TOKENS = 4096  # whose logits exist at a time: 0.4 GB of them in bfloat16
+HEAD_TOKENS = 4096  # whose logits exist at a time: 0.4 GB in bfloat16, and four times that what is made of them
 
 
 def head_loss(states, weight, targets, vocab_size):
@@ -241,7 +243,7 @@ def head_loss(states, weight, targets, vocab_size):
     pass. But their gradient is known as soon as they are, softmax - onehot (Bridle 1990), so that each chunk of tokens
     is carried on to states and weight at once and forgotten.
     """
-    device, count = states.device, (targets != -100).sum()
+    device, count = states.device, (targets != -100).sum().clamp(min=1)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
     constant_weight, constant_states = weight.detach().to(dtype), states.detach().to(dtype)
     ids = torch.arange(len(weight), device=device)
@@ -256,6 +258,8 @@ def head_loss(states, weight, targets, vocab_size):
             logits_grad = log_p.exp_().sub_(onehot).mul_((labels != -100)[:, None]).to(dtype)
             states_grads.append(logits_grad @ constant_weight)
             weight_grad += logits_grad.t() @ chunk
+            del onehot, logits_grad
+        del logits, log_p  # before the next chunk's are made
     loss = loss / count
     if torch.is_grad_enabled():
         # of value 0, but with the gradients found above: what autograd sees of all this
@@ -530,11 +534,9 @@ class DataLoaderLite:
         for row, position in zip(tokens, positions):
             self._read_tokens(self._row_index(position) * self.T, row)
         tokens = torch.from_numpy(tokens)
-        if self.device.type == "cuda":
-            tokens = (
-                tokens.pin_memory()
-            )  # else the host would wait for the copy, and so for all that is queued before it
-        tokens = tokens.to(self.device, non_blocking=True).long()
+        if self.device.type == "cuda":  # pinned, else the host would wait for the copy, and so for all queued before it
+            tokens = tokens.pin_memory()
+        tokens = tokens.to(self.device, non_blocking=tokens.is_pinned()).long()
         return tokens[:, :-1], tokens[:, 1:]
 
     def next_batch(self):
@@ -781,7 +783,7 @@ def validation_loss(model, loader, val_tokens, runtime):
             break
         x, y = loader.rows(range(first, first + B))
         y = y.clone()  # x and y are views of the same tokens
-        y[rows - first :] = -100  # the rows past the end, which cross_entropy ignores
+        y[rows - first :] = -100  # the rows past the end, which head_loss leaves out
         with runtime.autocast():
             _, loss = model(x, y)
         losses.append(loss)
@@ -1184,15 +1186,17 @@ def pick_micro_batch(raw_model, config, runtime):
 
 
 def fits_in_memory(raw_model, B, T, runtime):
-    """Whether a GPU can do a forward and a backward pass of (B, T) tokens with the optimizer's moments beside them."""
+    """Whether a GPU can do a forward and a backward pass of (B, T) tokens beside earlier gradients and two moments."""
     fits = True
     try:
-        moments = torch.empty(2 * raw_model.num_params(), device=runtime.device)
+        ballast = torch.empty(3 * raw_model.num_params(), device=runtime.device)
         tokens = torch.zeros(B, T, dtype=torch.long, device=runtime.device)
         with runtime.autocast():
             raw_model(tokens, tokens)[1].backward()
-        del moments
-    except torch.OutOfMemoryError:
+        del ballast
+    except RuntimeError as error:  # torch's own, and that of cuBLAS, which allocates by itself
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
         fits = False
     raw_model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
@@ -1335,14 +1339,18 @@ def train(model_config, config, runtime):
                         f"{skipped} updates in a row were skipped, for a loss of {loss} and a gradient norm of {norm}: "
                         f"lower the rate, from the last checkpoint with --resume --lr {config.lr / 2:g} --override lr"
                     )
-        except Stopped:
+        except Exception as error:
+            # Ctrl-C ends the compilers, too, that this process has started: what they fail with is a stop
+            compiler_stopped = runtime.stop.received and runtime.world_size == 1
+            if not (isinstance(error, Stopped) or compiler_stopped):
+                raise
             run.loader.position = position  # where the step began that is not done
             if runtime.rank == 0 and step > 0:
                 writer.save(step, skipped)
             writer.finish()
             runtime.print0(f"stopped at step {step}: go on with --resume")
             runtime.from_rank0("saved")  # the others wait: torchrun ends all processes as soon as one has ended
-            raise
+            raise Stopped from error
         writer.finish()
     runtime.print0(
         f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png\n"
@@ -1379,7 +1387,8 @@ def describe_run(run, config, runtime, resumed_step):
         f"batch: {config.total_batch_tokens:,} tokens = {loader.B} rows x {loader.T} tokens x {runtime.world_size} "
         f"processes x {accumulation} micro-steps\n"
         f"machine: {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, "
-        f"{'compiled' if runtime.compile else 'eager'}, torch {torch.__version__}, {platform.machine()}"
+        f"torch {torch.__version__}, {platform.machine()}, "
+        f"{'compiled, which the first step waits for' if runtime.compile else 'eager'}"
         + (f"\nresuming {config.out_dir} at step {resumed_step}" if resumed_step is not None else "")
     )
 

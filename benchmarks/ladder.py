@@ -77,7 +77,7 @@ class LectureGPT(torch.nn.Module):
 
 def lecture_step(model, optimizers, scaler, loader, step, config, runtime):
     """One update as it is in the lecture before clipping. Returns its loss."""
-    x, y = (tokens.to(runtime.device) for tokens in loader.next_batch())
+    x, y = loader.next_batch()
     (optimizer,) = optimizers
     for group in optimizer.param_groups:
         group["lr"] = get_lr(step, config)
@@ -96,7 +96,7 @@ def build_rung(rung, args):
         args.config, data_dir=str(args.data_dir), shuffle=False, micro_batch=args.micro_batch, seq_len=args.seq_len,
         total_batch_tokens=args.micro_batch * args.seq_len, max_steps=args.steps, warmup_steps=args.steps // 2,
     )  # fmt: skip
-    loader = DataLoaderLite(config.data_dir, "train", args.micro_batch, args.seq_len, shuffle=False)
+    loader = DataLoaderLite(config.data_dir, "train", args.micro_batch, args.seq_len, shuffle=False, device=args.device)
     if rung == DEFAULT:
         runtime = setup_runtime(config)
         model = GPT(args.model_config)

@@ -670,3 +670,32 @@ def test_a_run_of_poisoned_gradients_ends(interrupted, undisturbed, text_shards,
     done = run_script("train_gpt2.py", *flags)
     assert done.returncode == 0, done.stderr
     assert_same_run(interrupted, undisturbed)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_compiling_is_a_stop(text_shards, tmp_path):
+    """A terminal's Ctrl-C reaches the compilers that torch.compile has started, too, and what they fail with."""
+    flags = [*TINY, "--compile", "on", "--data_dir", text_shards, "--out_dir", tmp_path / "out"]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt2.py"), *map(str, flags)], text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+    )  # fmt: skip
+    for line in run.stdout:
+        if line.startswith("machine: "):
+            break
+    deadline = time.time() + 120
+    while not any(name in ("cc1plus", "clang") for name in process_group(run.pid)) and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 75 and "stopped at step 0" in output and "Traceback" not in output, output
+
+
+def process_group(group):
+    """The names of the running programs of a process group."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+            if int(fields.split()[2]) == group:
+                yield name
