@@ -342,6 +342,7 @@ def test_same_losses_on_two_processes(small_run, web_shards, run_script, tmp_pat
         assert one[stream][1] == pytest.approx(two[stream][1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(text_shards, run_script, tmp_path):
     """The original truncates the log at every start; here a run is deleted only on request, and it alone."""
     flags = [*SMALL, "--data_dir", text_shards, "--max_steps", 2, "--warmup_steps", 1, "--out_dir", tmp_path]
@@ -363,6 +364,7 @@ def test_a_run_is_not_overwritten(text_shards, run_script, tmp_path):
     assert demo.returncode == 2 and "--overwrite" in demo.stderr and (tmp_path / "log.txt").exists()
 
 
+@pytest.mark.slow
 def test_samples_do_not_change_the_run(small_run, web_shards, run_script, tmp_path):
     """Looking at samples draws random numbers; the training must not notice."""
     flags = [*SMALL, "--data_dir", web_shards, "--out_dir", tmp_path, "--sample_interval", 5, "--prompt", "The law"]
@@ -393,6 +395,7 @@ def test_speed_leaves_evaluation_out(text_shards, run_script, tmp_path):
     assert sum(256 / tok_s for tok_s in read_log(tmp_path / "log.txt")["tok_s"][1]) < seconds / 5
 
 
+@pytest.mark.slow
 def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, text_shards, run_script, tmp_path):
     """Training on must start where the checkpoint stopped, and refuse data of another vocabulary."""
     folder = small_run[0] / "checkpoints" / "step_000020"
