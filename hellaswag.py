@@ -526,6 +526,7 @@ def main() -> None:
     """Read the command line and run; a user's mistake ends in one line and exit code 2."""
     import tyro
 
+    logging.disable(logging.WARNING)  # of torchao, which transformers imports, about GPUs that are not here
     try:
         tyro.cli(run, use_underscores=True)
     except HellaSwagError as error:

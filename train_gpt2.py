@@ -181,6 +181,23 @@ DEMO_SHARD_TOKENS = 250_000  # the first is for validation: 2% of the standard l
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
+class KVCache:
+    """What a layer's attention needs of the tokens already read: their keys and values, at most N positions of them."""
+
+    def __init__(self, N):
+        self.N, self.length, self.keys, self.values = N, 0, None, None
+
+    def append(self, k, v):
+        """Take in the (B, nh, T, hs) of T more tokens; return those of all tokens so far."""
+        if self.keys is None:
+            B, nh, _, hs = k.shape
+            self.keys, self.values = k.new_empty(B, nh, self.N, hs), v.new_empty(B, nh, self.N, hs)
+        first, self.length = self.length, self.length + k.size(2)
+        self.keys[:, :, first : self.length] = k
+        self.values[:, :, first : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -190,16 +207,20 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.flash = config.flash
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = mask is None and T > 1  # a single token comes last, and may look at all
         if self.flash:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         else:
-            visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if mask is None else mask
+            visible = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device) if mask is None else mask
+            visible = visible.tril() if causal else visible
             hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, float("-inf"))
             scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5 + hidden  # (B, nh, T, T)
             y = F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
@@ -227,8 +248,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None):
-        x = x + self.attn(self.ln_1(x), mask)  # attention is where tokens talk to each other
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)  # attention is where tokens talk to each other
         x = x + self.mlp(self.ln_2(x))  # the MLP is where each thinks for itself
         return x
 
@@ -312,11 +333,12 @@ class GPT(nn.Module):
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
-    def trunk(self, idx, position_ids=None, mask=None):
+    def trunk(self, idx, position_ids=None, mask=None, caches=None):
         """The final states of the tokens, before the vocabulary.
 
         idx: (B, T) token ids. position_ids: (T) or (B, T), 0 … T-1 unless given. mask: boolean, broadcast to
-        (B, nh, T, T), True where the row may look at the column; causal unless given. Returns (B, T, C).
+        (B, nh, T, T), True where the row may look at the column; causal unless given. caches: a KVCache for each block,
+        empty, or with the tokens before a single further one. Returns (B, T, C).
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -324,8 +346,8 @@ class GPT(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, mask)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
+            x = block(x, mask, cache)
         return self.transformer.ln_f(x)
 
     def head(self, states):
@@ -344,27 +366,37 @@ class GPT(nn.Module):
         weight, vocab_size = self.lm_head.weight, self.config.vocab_size
         return None, head_loss(states.flatten(0, 1), weight, targets.flatten(), vocab_size)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
         """Continue each row of idx (B, T) by max_new_tokens sampled ids: returns (B, T + max_new_tokens).
 
-        Only the top_k likeliest ids are drawn from (None for all); temperature 0 takes the likeliest. generator: a
-        torch.Generator on idx's device. Does not stop at <|endoftext|>; beyond block_size the oldest tokens go unread.
+        Only the top_k likeliest ids are drawn from (None for all), and of these only the likeliest that together have
+        the probability top_p (Holtzman et al. 2020); temperature 0 takes the likeliest. generator: a torch.Generator on
+        idx's device. Does not stop at <|endoftext|>; beyond block_size the oldest tokens go unread.
         """
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator, top_p)), dim=1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
         """Yield the ids that generate appends, (B, 1) at a time, as they are drawn."""
-        if temperature < 0 or (top_k is not None and top_k < 1) or idx.size(1) == 0:
-            raise ValueError("generate needs a prompt of at least one token, temperature >= 0 and top_k >= 1 or None")
+        if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1 or idx.size(1) == 0:
+            raise ValueError("generate needs a prompt, temperature >= 0, top_k >= 1 or None, and 0 < top_p <= 1")
+        block_size, most_tokens = self.config.block_size, idx.size(1) + max_new_tokens
+        caches = [KVCache(min(block_size, most_tokens)) for _ in self.transformer.h]
         for _ in range(max_new_tokens):
-            states = self.trunk(idx[:, -self.config.block_size :])
+            T, read = idx.size(1), caches[0].length
+            if T <= block_size:
+                states = self.trunk(idx[:, read:], torch.arange(read, T, device=idx.device), caches=caches)
+            else:  # the window moves on, and with it every token's position: nothing that was cached holds any more
+                states = self.trunk(idx[:, -block_size:])
             logits = self.head(states[:, -1]).float()  # (B, V)
             likeliest, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), sorted
             if temperature == 0:
                 next_id = ids[:, :1]
             else:
                 probabilities = F.softmax(likeliest / temperature, dim=-1)
+                if top_p < 1:
+                    likelier = probabilities.cumsum(-1) - probabilities  # the probability of all ids before each
+                    probabilities = probabilities.masked_fill(likelier >= top_p, 0)
                 next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))
             idx = torch.cat((idx, next_id), dim=1)
             yield next_id

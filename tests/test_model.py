@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
-from train_gpt2 import GPT, PRESETS, ConfigError, GPTConfig, TrainConfig, configure_optimizers
+from train_gpt2 import GPT, PRESETS, ConfigError, GPTConfig, KVCache, TrainConfig, configure_optimizers
 
 TINY = GPTConfig(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=32)
 
@@ -191,11 +191,69 @@ def test_generate():
         assert (top == samples[0][:, t : t + 1]).any(dim=1).all()
     assert torch.equal(model.generate(prompt, 20, top_k=1), model.generate(prompt, 20, temperature=0))
     assert torch.equal(model.generate(prompt, 0), prompt)
-    for wrong in ({"temperature": -1.0}, {"top_k": 0}):
+    for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match="generate needs"):
             model.generate(prompt, 1, **wrong)
     with pytest.raises(ValueError, match="block_size 64"):
         model(torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_cached_text_is_the_uncached_text(flash):
+    """Guards the KV cache: positions, masks, rows and the window that moves past block_size, greedy and drawn."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**vars(TINY), "flash": flash}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        model.transformer.wpe.weight.normal_(std=1.0)  # or a tied, untrained model repeats its last token
+    for T in (1, 5, 64, 70):
+        prompt = torch.randint(0, 1000, (3, T))
+        greedy, drawn, rng = prompt, prompt, torch.Generator().manual_seed(7)
+        for _ in range(80):
+            greedy = torch.cat((greedy, model(greedy[:, -64:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+            likeliest, ids = model(drawn[:, -64:])[0][:, -1].topk(20)
+            choice = torch.multinomial(F.softmax(likeliest / 0.8, dim=-1), 1, generator=rng)
+            drawn = torch.cat((drawn, ids.gather(1, choice)), dim=1)
+        assert greedy.unique().numel() > 20
+        assert torch.equal(model.generate(prompt, 80, temperature=0), greedy)
+        again = model.generate(prompt, 80, temperature=0.8, top_k=20, generator=torch.Generator().manual_seed(7))
+        assert torch.equal(again, drawn)
+
+
+def test_a_token_is_read_once(monkeypatch):
+    """Guards the cost of a new token, which must not grow with what is there, nor memory with what is not asked for."""
+    model, read = GPT(TINY), []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].size(1)))
+    model.generate(torch.zeros(2, 10, dtype=torch.long), 54)
+    assert read == [10] + 53 * [1]
+    sizes = []
+    monkeypatch.setattr(train_gpt2, "KVCache", lambda N: sizes.append(N) or KVCache(N))
+    model.generate(torch.zeros(2, 10, dtype=torch.long), 6)
+    assert sizes == [16, 16]
+    cache = KVCache(20)
+    for T in (7, 1):
+        keys, values = cache.append(torch.zeros(2, 4, T, 8), torch.ones(2, 4, T, 8))
+    assert keys.shape == values.shape == (2, 4, 8, 8) and cache.keys.shape == (2, 4, 20, 8)
+    assert keys.max() == 0 and values.min() == 1
+
+
+def test_top_p_draws_from_the_likeliest(monkeypatch):
+    """Of ids with probabilities 0.4, 0.3, 0.2 and 0.1, top_p 0.6 leaves the two whose sum reaches it, as they were."""
+    model = GPT(TINY)
+    probabilities = torch.full((1000,), 1e-9)
+    probabilities[[3, 8, 500, 7]] = torch.tensor([0.2, 0.4, 0.1, 0.3])
+    monkeypatch.setattr(model, "head", lambda states: probabilities.log().expand(len(states), -1))
+    prompt = torch.zeros(4000, 1, dtype=torch.long)
+
+    def shares(**options):
+        drawn = model.generate(prompt, 1, generator=torch.Generator().manual_seed(0), **options)[:, 1]
+        return {id: (drawn == id).float().mean().item() for id in drawn.unique().tolist()}
+
+    assert shares(top_p=0.6) == pytest.approx({8: 4 / 7, 7: 3 / 7}, abs=0.03)
+    assert shares(top_p=0.4).keys() == {8}
+    assert shares(top_p=0.95).keys() == {8, 7, 3, 500}
+    assert shares(top_p=0.8, top_k=3) == pytest.approx({8: 4 / 9, 7: 3 / 9, 3: 2 / 9}, abs=0.03)
 
 
 def test_loss_ignores_filled_rows():
