@@ -900,33 +900,51 @@ def read_log(path):
     return streams
 
 
-# what OpenAI's models reach: GPT-2 124M's loss on FineWeb-Edu's validation shard and its HellaSwag acc_norm (both from
-# build-nanogpt), and GPT-3 125M's HellaSwag (its paper)
-REFERENCES = {"val": {"GPT-2 124M": 3.2924}, "hella": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
+# what OpenAI's models reach: GPT-2's loss on FineWeb-Edu's validation shard and HellaSwag acc_norm (both from
+# build-nanogpt), GPT-3's HellaSwag (its paper). The first three are always in the picture, the others where it reaches
+REFERENCES = {
+    "val": {"GPT-2 124M": 3.2924},
+    "hella": {"chance": 0.25, "GPT-2 124M": 0.294463, "GPT-3 125M": 0.337, "GPT-2 350M": 0.375224, "GPT-3 350M": 0.436,
+              "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
+}  # fmt: skip
 
 
-def draw_curve(out_dir, manifest):
-    """Draw log.txt's losses and, where it has them, HellaSwag accuracies into curve.png."""
+def draw_curve(logs, manifest):
+    """A matplotlib Figure of {label: log, as read_log gives it}: losses and, where one has them, HellaSwag accuracies.
+
+    manifest: of their data. OpenAI's loss is one per GPT-2 token of FineWeb-Edu, so it is drawn beside no other.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    log = read_log(Path(out_dir) / "log.txt")
-    known = {"hella", "val"} if "fineweb-edu" in manifest.get("source", "") else {"hella"}
-    known = known if manifest["encoding"] == "gpt2" else set()  # a loss per GPT-2 token is no loss per byte
-    panels = {"loss, nats per token": {"train": {"lw": 0.8, "alpha": 0.6}, "val": {"ls": "", "marker": "o", "ms": 6}}}
-    if "hella" in log:
-        panels["HellaSwag acc_norm"] = {"hella": {"lw": 2, "marker": "o", "ms": 4}}
+    gpt2, edu = manifest["encoding"] == "gpt2", "fineweb-edu" in manifest.get("source", "")
+    ylabels = {"val": f"loss, nats per {'token' if gpt2 else 'byte'}", "hella": "HellaSwag acc_norm"}
+    panels = [name for name in ylabels if name == "val" or any(name in log for log in logs.values())]
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
-    for axes, (ylabel, streams) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for stream, style in streams.items():
-            if stream in log:
-                axes.plot(*log[stream], label=f"{stream}, last {log[stream][1][-1]:.4f}", **style)
-            for name, value in REFERENCES[stream].items() if stream in known else ():
-                dashes = "--" if "GPT-2" in name else ":"
-                axes.axhline(value, color="gray", lw=1, ls=dashes, label=f"{name}, {value:.3f}")
-        axes.set(xlabel="step", ylabel=ylabel)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (label, log) in enumerate(logs.items()):
+            if panel == "val" and "train" in log:
+                steps, losses = log["train"]
+                n = len(steps) // 100 + 1  # single steps are noisy: draw their mean over 1% of the run, too
+                mean = np.convolve(losses, np.full(n, 1 / n), "valid")
+                axes.plot(steps, losses, color=f"C{i}", lw=0.5, alpha=0.3)
+                axes.plot(steps[n // 2 :][: len(mean)], mean, color=f"C{i}", label=f"{label} train")
+            if panel in log:
+                style = {"color": f"C{i}", "marker": "o", "ms": 4, "mec": "black", "ls": "" if panel == "val" else "-"}
+                axes.plot(*log[panel], label=f"{label} {panel}, last {log[panel][1][-1]:.4f}", **style)
+        drawn = [value for line in axes.lines for value in line.get_ydata() if math.isfinite(value)]
+        known = REFERENCES[panel] if gpt2 and (edu or panel == "hella") else {}
+        for name, value in known.items():
+            va, ls = ("top", "--") if "GPT-2" in name else ("bottom", ":")  # some of GPT-2's and GPT-3's lie close
+            axes.axhline(value, color="gray", lw=1, ls=ls, zorder=1)
+            at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": True}
+            axes.annotate(f"{name}, {value:.3f}", (1, value), (4, 0), va=va, color="gray", fontsize=8, **at)
+        # 0.95: the first steps' losses would press all others flat
+        low, high = np.quantile([*drawn, *list(known.values())[:3]] or [0], [0, 0.95 if panel == "val" else 1])
+        margin = 0.05 * (high - low) or 1
+        axes.set(xlabel="step", ylabel=ylabels[panel], ylim=(low - margin, high + margin))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(Path(out_dir) / "curve.png", dpi=120)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(logs))
+    return figure
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -1287,7 +1305,8 @@ def evaluate(step, run, config, runtime):
         if runtime.rank == 0:
             run.log.write(step, **results)
             with suppress(OSError):  # of a full disk, which the log has named
-                draw_curve(config.out_dir, fineweb.read_manifest(config.data_dir))
+                figure = draw_curve({"": read_log(run.log.path)}, fineweb.read_manifest(config.data_dir))
+                figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
     if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
         print_samples(run.raw_model, run.encoding, config, runtime)
 
