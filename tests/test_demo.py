@@ -1,10 +1,12 @@
 """The demo as a newcomer runs it, and what it leaves behind. Minutes, so behind the marker `slow`."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -51,16 +53,42 @@ def test_demo_opens_in_transformers(demo):
 
 
 def test_notebook_runs_on_the_demo(demo, monkeypatch):
-    """play.ipynb runs from top to bottom on what the demo leaves, and is kept without outputs."""
+    """play.ipynb runs from top to bottom on what the demo leaves, shows what it says, and is kept without outputs."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(ROOT / "play.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(demo[0])}}).execute()
-    pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 3
     if folder := os.environ.get("KEEP_NOTEBOOK"):
         nbformat.write(notebook, Path(folder) / "play.ipynb")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 7
+    text = "".join(output.get("text", "") for output in outputs)
+    checkpoints = sorted((demo[0] / "demo" / "log" / "checkpoints").iterdir())
+    assert re.findall(r"^--- (step_\d+)\n\ndef ", text, re.M) == [folder.name for folder in checkpoints]
+    assert len(set(re.findall(r"at address (\d+)", text))) == 1  # of two tensors
+    assert "attention paid to the future: 0\n" in text
+    assert float(re.search(r"the model's own attention: (\S+)", text)[1]) < 1e-5
+    full, divided, undivided = (
+        np.array(re.search(rf"{name}: (.*)", text)[1].split(), dtype=float)
+        for name in ("full batch", "divided by 4", "not divided")
+    )
+    assert abs(full).max() > 1e-5 and np.allclose(divided, full, atol=2e-6)
+    assert np.allclose(undivided, 4 * full, atol=5e-6)
+    check_notebook_hellaswag(text, GPT.from_pretrained(checkpoints[-1]))
+
+
+def check_notebook_hellaswag(text, model):
+    """The notebook's four figures are the mean log-likelihoods of the endings, each read by itself, byte by byte."""
+    context, *endings = re.search(r"^(A man .*)\n" + r"  \d \(loss \S+\) (.*)\n" * 4, text, re.M).groups()
+    expected = []
+    for ending in endings:
+        ids = torch.tensor([list(f"{context} {ending}".encode())])
+        with torch.no_grad():
+            log_p = model(ids[:, :-1])[0].log_softmax(-1).gather(2, ids[:, 1:, None])
+        expected.append(log_p[0, len(context) - 1 :].mean().item())
+    shown = re.search(r"mean log-likelihoods: (.*)", text)[1].split(", ")
+    assert [float(value) for value in shown] == pytest.approx(expected, abs=1e-3)
+    assert f"predicted {np.argmax(expected)}, actual 3" in text
 
 
 def test_an_interrupted_demo_makes_its_shards_anew(demo, run_script):

@@ -23,6 +23,7 @@ from train_gpt2 import (
     Runtime,
     TrainConfig,
     configure_optimizers,
+    draw_curve,
     get_lr,
     pick_dtype,
     pick_micro_batch,
@@ -301,6 +302,55 @@ def test_log_and_curve(small_run):
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     step_line = r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+$"
     assert [int(step) for step in re.findall(step_line, stdout, re.M)] == list(range(20))
+
+
+FINEWEB_EDU = {"encoding": "gpt2", "source": "HuggingFaceFW/fineweb-edu:sample-10BT"}
+
+
+def test_curve_shows_the_losses_that_matter():
+    """The first steps' losses, about 11, must not press the later ones flat, nor noise hide where they go."""
+    losses = [11.0] * 40 + [3.5, 3.1] * 480
+    log = {"train": (list(range(1000)), losses), "val": ([0, 500, 1000], [11.0, 3.4, 3.2])}
+    (axes,) = draw_curve({"": log}, {"encoding": "gpt2"}).axes
+    low, high = axes.get_ylim()
+    assert 3.0 <= low < 3.1 and 3.5 < high < 4
+    raw, mean, val = axes.lines
+    assert list(raw.get_ydata()) == losses and val.get_label().endswith("val, last 3.2000")
+    steps, values = mean.get_data()
+    assert len(values) == 990 and np.allclose(values[40:], 3.3, atol=0.02) and abs(steps[0] - 5) <= 1
+
+
+GPT2_LOSS, NEAR = {"GPT-2 124M, 3.292"}, {"chance, 0.250", "GPT-2 124M, 0.294", "GPT-3 125M, 0.337"}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "hella", "loss_lines", "hella_lines"),
+    [
+        (FINEWEB_EDU, 0.30, GPT2_LOSS, NEAR),
+        (FINEWEB_EDU, 0.38, GPT2_LOSS, NEAR | {"GPT-2 350M, 0.375"}),
+        ({"encoding": "gpt2", "source": "my text"}, 0.30, set(), NEAR),
+        (FINEWEB_EDU | {"encoding": "bytes"}, None, set(), set()),
+    ],
+)
+def test_curve_compares_what_can_be_compared(manifest, hella, loss_lines, hella_lines):
+    """OpenAI's loss is one per token of FineWeb-Edu, its HellaSwag one of GPT-2 tokens: neither is drawn elsewhere."""
+    log = {"train": ([0, 1], [3.5, 3.4]), "val": ([0, 2], [3.5, 3.4])}
+    logs = {"mine": log | ({"hella": ([0, 2], [0.25, hella])} if hella else {}), "lecture": log}
+    figure = draw_curve(logs, manifest)
+    figure.draw_without_rendering()  # which finds out what lies outside
+    drawn = [{text.get_text() for text in axes.texts if text._check_xy()} for axes in figure.axes]
+    assert drawn == [loss_lines, hella_lines][: 2 if hella else 1]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["mine train", "mine val, last 3.4000", "lecture train", "lecture val, last 3.4000"]
+    assert ("byte" in figure.axes[0].get_ylabel()) == (manifest["encoding"] == "bytes")
+
+
+@pytest.mark.parametrize("losses", [[10.9], [math.nan], [math.inf, 3.0]])
+def test_curve_of_a_run_that_fails(losses, recwarn):
+    """A loss that is not finite, or a single one, is no reason for training to end, nor for a warning."""
+    log = {"train": (list(range(len(losses))), losses), "val": ([0], losses[:1])}
+    draw_curve({"": log}, {"encoding": "bytes"}).draw_without_rendering()
+    assert not recwarn
 
 
 def test_checkpoint_opens_in_transformers(small_run, web_shards):
