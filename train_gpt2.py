@@ -17,6 +17,7 @@ Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd
 import argparse
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -70,6 +71,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads of a block (GPT-2)
     n_embd: int = 768  # channels (GPT-2)
     flash: bool = True  # fused attention kernel; off spells out the lower-triangular mask, for reading and timing
+    dropout: float = 0.0  # share of activations zeroed in training, for text read many times over (GPT-1: 0.1)
 
     @property
     def padded_vocab_size(self):
@@ -123,6 +125,7 @@ class TrainConfig:
     max_new_tokens: int = 24  # tokens added to the prompt: 32 with the prompt's eight (lecture)
     sample_seed: ClassVar[int] = 42  # of the samples' own generator (lecture)
     hellaswag_file: str = str(hellaswag.FILE)  # downloaded if missing; none turns it off
+    tracker: Literal["none", "wandb", "trackio"] = "none"  # gets log.txt's values too: pip install wandb or trackio
 
 
 # GPT-2's paper gives shapes but no rates: the rates are those of GPT-3's models of about the same size. Where GPT-3
@@ -206,6 +209,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj.NANOGPT_SCALE_INIT = True
         self.n_head = config.n_head
         self.flash = config.flash
+        self.dropout = config.dropout
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
@@ -216,14 +220,15 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         causal = mask is None and T > 1  # a single token comes last, and may look at all
+        dropout = self.dropout if self.training else 0.0
         if self.flash:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         else:
             visible = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device) if mask is None else mask
             visible = visible.tril() if causal else visible
             hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, float("-inf"))
             scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5 + hidden  # (B, nh, T, T)
-            y = F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
+            y = F.dropout(F.softmax(scores, dim=-1), dropout) @ v  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
@@ -247,10 +252,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)  # attention is where tokens talk to each other
-        x = x + self.mlp(self.ln_2(x))  # the MLP is where each thinks for itself
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))  # attention is where tokens talk to each other
+        x = x + self.drop(self.mlp(self.ln_2(x)))  # the MLP is where each thinks for itself
         return x
 
 
@@ -311,6 +317,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),
         ))  # fmt: skip
@@ -345,7 +352,7 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
         if position_ids is None:
             position_ids = torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(position_ids)  # (B, T, C)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position_ids))  # (B, T, C)
         for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
             x = block(x, mask, cache)
         return self.transformer.ln_f(x)
@@ -405,10 +412,10 @@ class GPT(nn.Module):
     TRANSPOSED = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, flash=True):
+    def from_pretrained(cls, name_or_folder, flash=True, dropout=0.0):
         """A model with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, any other Hub name
-        or any folder of a GPT2LMHeadModel, our checkpoints among them. Raises ConfigError for what is not to be had, is
-        no GPT-2 or lacks weights.
+        or any folder of a GPT2LMHeadModel, our checkpoints among them. flash and dropout are this model's, whatever the
+        folder was trained with. Raises ConfigError for what is not to be had, is no GPT-2 or lacks weights.
         """
         from transformers import AutoConfig, GPT2LMHeadModel, logging  # takes seconds to import, so only here
 
@@ -426,8 +433,8 @@ class GPT(nn.Module):
         if lacking:
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
         config = GPTConfig(
-            block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size,
-            n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd, flash=flash,
+            block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, flash=flash, dropout=dropout,
+            n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd,
         )  # fmt: skip
         model = cls(config)
         model.load_pretrained_weights(hf_model.state_dict())
@@ -473,7 +480,7 @@ class GPT(nn.Module):
             vocab_size=config.vocab_size, n_positions=config.block_size,
             n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+            attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout,
             bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1,
         )  # fmt: skip
         (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
@@ -874,10 +881,30 @@ class Log:
     """OUT/log.txt: a `step stream value` a line, build-nanogpt's grammar. What a full disk refuses waits in memory."""
 
     def __init__(self, out_dir):
-        self.path, self.waiting, self.refused = Path(out_dir) / "log.txt", b"", False
+        self.path, self.waiting, self.refused, self.tracker = Path(out_dir) / "log.txt", b"", False, None
+
+    def start_tracker(self, model_config, config):
+        """Send the values to --tracker, too. Its id is in the folder, for a resumed run to go on where that one was."""
+        id_file = self.path.with_name("tracker_id")
+        if not id_file.exists():
+            id_file.write_text(os.urandom(4).hex())
+        options = {"id": id_file.read_text()} if config.tracker == "wandb" else {}  # trackio knows a run by its name
+        options |= {"name": f"{self.path.absolute().parent.name}-{id_file.read_text()}", "resume": "allow"}
+        self.tracker = importlib.import_module(config.tracker)
+        self.track("init", project="gpt2", config={**asdict(model_config), **asdict(config)}, **options)
+
+    def track(self, function, *values, **options):
+        """Call a function of the tracker, if there is one. Where it fails, training goes on without it."""
+        try:
+            if self.tracker:
+                getattr(self.tracker, function)(*values, **options)
+        except Exception as error:  # of the network and of the tracker, each in its own way
+            print(f"warning: on without the tracker: {hellaswag.one_line(error)}", file=sys.stderr, flush=True)
+            self.tracker = None
 
     def write(self, step, **values):
         """Append a line for each value."""
+        self.track("log", values, step=step)
         self.waiting += "".join(f"{step} {stream} {value:.8g}\n" for stream, value in values.items()).encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -1110,10 +1137,11 @@ def load_checkpoint(out_dir, runtime):
 # change when --override names it. All else shapes the saved tensors or the rows of the data.
 CHANGEABLE = frozenset(
     "preset data_dir out_dir resume overwrite override micro_batch device dtype compile flash vocab_size eval_interval "
-    "val_tokens save_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens hellaswag_file".split()
+    "val_tokens save_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens hellaswag_file "
+    "tracker".split()
 )
 OVERRIDABLE = frozenset(
-    "data_dir grad_clip init_from lr max_steps min_lr_ratio seed shuffle total_batch_tokens warmup_steps "
+    "data_dir dropout grad_clip init_from lr max_steps min_lr_ratio seed shuffle total_batch_tokens warmup_steps "
     "weight_decay".split()
 )
 
@@ -1121,7 +1149,8 @@ OVERRIDABLE = frozenset(
 def check_resumable(state, model_config, config, fingerprint):
     """Raise ConfigError with what a run would do differently from the one that it goes on from, a line for each."""
     errors, here = [], f"the run in {config.out_dir}"
-    before, now = state["config"], asdict(config) | ({} if config.init_from else asdict(model_config))
+    model_flags = {"dropout": model_config.dropout} if config.init_from else asdict(model_config)
+    before, now = {"dropout": 0.0} | state["config"], asdict(config) | model_flags  # older checkpoints lack it
     for name in sorted(now.keys() & before.keys() - CHANGEABLE):
         if now[name] != before[name] and name not in config.override:
             way_out = f"allow it with --override {name}" if name in OVERRIDABLE else "start another --out_dir"
@@ -1155,8 +1184,8 @@ def restore(state, optimizers, scaler, loader):
 def open_out_dir(config, resumed_step, damaged):
     """Rid the output folder of the run that --overwrite gives up, or of what is from beyond the step to resume at.
 
-    Touches log.txt, curve.png and checkpoints, nothing else; damaged checkpoints are set aside. Returns whether the log
-    has that step's evaluation. Raises ConfigError.
+    Touches log.txt, curve.png, tracker_id and checkpoints, nothing else; damaged checkpoints are set aside. Returns
+    whether the log has that step's evaluation. Raises ConfigError.
     """
     out_dir = Path(config.out_dir)
     for unfinished in out_dir.glob("checkpoints/.step_*"):
@@ -1171,7 +1200,7 @@ def open_out_dir(config, resumed_step, damaged):
         if not config.overwrite:
             raise ConfigError(f"{folder} has appeared since this run was started: start it again")
         delete_checkpoint(folder)
-    for name in ("log.txt", "curve.png"):
+    for name in ("log.txt", "curve.png", "tracker_id"):
         (out_dir / name).unlink(missing_ok=True)
     return False
 
@@ -1259,6 +1288,8 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
     Where one of them is not finite, nothing is updated. Raises Stopped between micro-steps.
     """
     grad_accum_steps = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
+    # dropout's masks: of this step and process alone, so that a resumed run draws the same
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, runtime.rank]).generate_state(1)[0]))
     loss_sum = torch.zeros((), device=runtime.device)
     for micro_step in range(grad_accum_steps):
         runtime.raise_if_stopped()
@@ -1291,6 +1322,7 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
 def evaluate(step, run, config, runtime):
     """Measure, print and log what is due at this step. Raises Stopped, with nothing logged."""
     last_step = step == config.max_steps
+    run.raw_model.eval()  # without dropout, and so model, which shares its modules
     if step % config.eval_interval == 0 or last_step:
         times = [time.perf_counter()]
         results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
@@ -1309,13 +1341,14 @@ def evaluate(step, run, config, runtime):
                 figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
     if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
         print_samples(run.raw_model, run.encoding, config, runtime)
+    run.raw_model.train()
 
 
 def load_model(model_config, encoding, config):
     """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
-    model = GPT.from_pretrained(config.init_from, flash=model_config.flash)
+    model = GPT.from_pretrained(config.init_from, model_config.flash, model_config.dropout)
     if model.config.vocab_size != encoding.n_vocab:
         raise ConfigError(
             f"--init_from {config.init_from} knows {model.config.vocab_size} ids, the shards of {config.data_dir} have "
@@ -1339,8 +1372,8 @@ def set_up(model_config, config, runtime, state, weights):
     fingerprint = {"encoding": encoding.name, **val_loader.fingerprint(), **loader.fingerprint()}
     if state:
         check_resumable(state, model_config, config, fingerprint)
-        shape = {name: state["config"][name] for name in asdict(model_config)}
-        raw_model = GPT(GPTConfig(**shape | {"flash": model_config.flash}))
+        shape = {name: state["config"][name] for name in asdict(model_config).keys() - {"flash", "dropout"}}
+        raw_model = GPT(replace(model_config, **shape))
         raw_model.load_pretrained_weights(weights)
     else:
         raw_model = load_model(model_config, encoding, config)
@@ -1368,6 +1401,8 @@ def train(model_config, config, runtime):
     runtime.print0(describe_run(run, config, runtime, resumed_step))
     evaluated = runtime.from_rank0(open_out_dir(config, resumed_step, damaged) if runtime.rank == 0 else None)
     del state, weights
+    if runtime.rank == 0 and config.tracker != "none":
+        run.log.start_tracker(run.raw_model.config, config)
 
     with runtime.stop, ThreadPoolExecutor(max_workers=1) as thread:
         writer = CheckpointWriter(thread, config, run, resumed_step)
@@ -1402,6 +1437,8 @@ def train(model_config, config, runtime):
             runtime.print0(f"stopped at step {step}: go on with --resume")
             runtime.from_rank0("saved")  # the others wait: torchrun ends all processes as soon as one has ended
             raise Stopped from error
+        finally:
+            run.log.track("finish")
         writer.finish()
     runtime.print0(
         f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png\n"
@@ -1464,6 +1501,11 @@ def config_errors(model_config, config):
         errors = relation_errors(model_config, config, world_size)
     if not 0 <= config.min_lr_ratio <= 1:
         errors.append(f"--min_lr_ratio is {config.min_lr_ratio}: it is a share of --lr, from 0 to 1")
+    if not 0 <= model_config.dropout < 1:
+        errors.append(f"--dropout is {model_config.dropout}: it must be 0 or more, and less than 1")
+    # a mere folder of that name, as wandb makes them, has no origin
+    if config.tracker != "none" and not getattr(importlib.util.find_spec(config.tracker), "origin", None):
+        errors.append(f"--tracker {config.tracker} is not installed: pip install {config.tracker}")
     if not 0 <= config.seed < 2**32:
         errors.append(f"--seed is {config.seed}: it must be from 0 to 2**32 - 1")
     if config.resume and config.overwrite:
