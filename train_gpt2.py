@@ -477,7 +477,7 @@ class GPT(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         hf_config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
-            vocab_size=config.vocab_size, n_positions=config.block_size,
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
             n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
             attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout,

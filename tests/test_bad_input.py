@@ -3,7 +3,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
 
@@ -341,7 +343,7 @@ NUMBERS = {  # every flag of train_gpt2.py whose value is a number, by its type
     for number in (int, float)
     if number in (field.type, *get_args(field.type)) and field.name != "vocab_size"  # which is no flag
 }
-MAY_BE_ZERO = "max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed".split()
+MAY_BE_ZERO = "dropout max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed".split()
 
 
 def test_the_numbers_are_all_there():
@@ -388,12 +390,30 @@ def test_zero_runs_where_it_is_allowed(tmp_path, data, tiny, main, name):
         ({"val_tokens": 15}, ["--val_tokens 15", "--seq_len 16"]),
         ({"min_lr_ratio": 1.5}, ["--min_lr_ratio is 1.5"]),
         ({"seed": 2**32}, [f"--seed is {2**32}"]),
+        ({"dropout": 1}, ["--dropout is 1.0", "less than 1"]),
+        ({"dropout": "nan"}, ["--dropout is nan"]),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_named(tmp_path, data, tiny, main, flags, parts):
     """What must divide or bound another flag says so, and with what it would."""
     add_manifest(data, "bytes")
     the_error(main(train_gpt2, [*tiny, *(f"--{name}={value}" for name, value in flags.items())]), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, data, tiny, main, monkeypatch, tracker, folder):
+    """It is optional: who asks for it is told at the start what to install, even beside the folder of an old run."""
+    add_manifest(data, "bytes")
+    if folder:  # which Python takes for an empty package
+        with suppress(PackageNotFoundError):
+            pytest.skip(f"{tracker} {version(tracker)} is installed")
+        (tmp_path / tracker).mkdir()
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, tracker, None)
+    the_error(main(train_gpt2, [*tiny, "--tracker", tracker]), f"--tracker {tracker}", f"pip install {tracker}")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import tiktoken
@@ -146,6 +147,23 @@ def test_flash_and_explicit_attention_agree():
             for model, logits in zip((fused, explicit), results)
         ]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_dropout_is_where_hugging_face_has_it(flash, tmp_path):
+    """Same seed, same masks: in training every logit is GPT2LMHeadModel's with the config that we write; then none."""
+    torch.manual_seed(0)
+    ours = GPT(replace(TINY, flash=flash, dropout=0.3))
+    ours.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="eager").train()
+    ids, logits = torch.randint(0, 1000, (2, 48)), []
+    with torch.no_grad():
+        for model in (ours, theirs):
+            torch.manual_seed(1)
+            logits.append(model(ids)[0] if model is ours else model(ids).logits)
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+        plain = GPT.from_pretrained(tmp_path, flash=flash)(ids)[0]
+        assert (plain - logits[0]).abs().max() > 0.1 and torch.equal(plain, ours.eval()(ids)[0])
 
 
 @pytest.mark.parametrize("flash", [True, False])

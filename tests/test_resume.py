@@ -1,5 +1,6 @@
 """What a run survives: kills, full disks, signals, broken checkpoints, and being resumed as something else."""
 
+import json
 import os
 import random
 import re
@@ -149,6 +150,30 @@ def test_resumed_run_is_the_undisturbed_one(interrupted, undisturbed, text_shard
     again = run_script("train_gpt2.py", *TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume")
     assert again.returncode == 0 and "saved" not in again.stdout and "val" not in again.stdout
     assert (interrupted / "log.txt").read_text() == before
+
+
+@pytest.mark.slow
+def test_resumed_run_with_dropout(text_shards, run_script, tmp_path):
+    """The same masks as undisturbed, whatever was sampled on the way; evaluation has none; a change is refused."""
+    flags = [*TINY, "--data_dir", text_shards, "--dropout", 0.3, "--max_steps", 8, "--save_interval", 4]
+    done = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step_000008")
+    resume = [*flags, "--out_dir", tmp_path / "halves", "--resume"]
+    for change in ([], ["--init_from", tmp_path / "whole" / "checkpoints" / "step_000004"]):
+        refused = run_script("train_gpt2.py", *resume, *change, "--dropout", 0.2)
+        assert f"--dropout is 0.2, the run in {tmp_path / 'halves'} has 0.3" in refused.stderr
+        assert "allow it with --override dropout" in refused.stderr
+    done = run_script("train_gpt2.py", *resume, "--sample_interval", 2, "--max_new_tokens", 3)
+    assert done.returncode == 0 and "sample 0" in done.stdout, done.stderr
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
+    folder = tmp_path / "whole" / "checkpoints" / "step_000008"
+    assert json.loads((folder / "config.json").read_text())["attn_pdrop"] == 0.3
+    loader = train_gpt2.DataLoaderLite(text_shards, "val", 4, 64, shuffle=False)
+    runtime = train_gpt2.Runtime(0, 1, torch.device("cpu"), torch.float32, False)
+    loss = train_gpt2.validation_loss(train_gpt2.GPT.from_pretrained(folder), loader, 2000, runtime)
+    assert read_log(tmp_path / "whole" / "log.txt")["val"][1][-1] == pytest.approx(loss, abs=1e-6)
 
 
 def test_cut_log(tmp_path):

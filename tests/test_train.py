@@ -1,6 +1,8 @@
 import json
 import math
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from train_gpt2 import (
     configure_optimizers,
     draw_curve,
     get_lr,
+    parse_command_line,
     pick_dtype,
     pick_micro_batch,
     read_log,
@@ -149,6 +152,26 @@ def test_presets_are_consistent():
     assert {name: PRESETS[name][1].lr for name in rates} == rates
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "gpt3-1.3b" else name for name in PRESETS]
+)
+def test_presets_train(name, tmp_path, byte_shards):
+    """Every shape, at full width and one layer: a step of it learns, and transformers opens what is saved."""
+    flags = ["--preset", name, "--n_layer", 1, "--seq_len", 16, "--total_batch_tokens", 128]
+    shape, config = parse_command_line([*map(str, flags), "--lr=1e-3", "--warmup_steps=0"])
+    assert shape == replace(PRESETS[name][0], n_layer=1)
+    model = GPT(replace(shape, vocab_size=257))
+    loader, scaler = DataLoaderLite(byte_shards, "train", 8, 16), torch.amp.GradScaler("cpu", enabled=False)
+    x, y = loader.rows(range(8))
+    loss, _ = train_step(model, configure_optimizers(model, config), scaler, loader, 0, config, CPU)
+    with torch.no_grad():
+        assert model(x, y)[1] < loss - 0.1
+        if name in ("gpt2-xl", "gpt3-1.3b"):  # 25 heads, and the widest
+            model.save_pretrained(tmp_path)
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+            assert (theirs(x).logits - model(x)[0]).abs().max() <= 1e-4
+
+
 def test_schedule():
     """Warmup starts above zero and reaches the peak; the cosine ends at a tenth; steps past the end stay there."""
     config = TrainConfig()
@@ -247,6 +270,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(byte_shards, optimizer):
     (loss, norm), model = one_step(byte_shards, 8, optimizer, wrap)
     assert math.isfinite(loss) and not math.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small_model().parameters()))
+
+
+def test_dropout_follows_from_seed_step_and_process(byte_shards):
+    """Guards a resumed run's masks, which no state is saved for, and processes that would all draw the same ones."""
+
+    def loss(step=3, rank=0, seed=1337, dropout=0.5):
+        model, runtime = GPT(replace(small_model().config, dropout=dropout)), replace(CPU, rank=rank)
+        config = TrainConfig(total_batch_tokens=8 * 16, seq_len=16, seed=seed)
+        loader, scaler = DataLoaderLite(byte_shards, "train", 4, 16), torch.amp.GradScaler("cpu", enabled=False)
+        return train_step(model, configure_optimizers(model, config), scaler, loader, step, config, runtime)[0]
+
+    first = loss()
+    torch.rand(1)  # as whatever else draws may
+    assert loss() == first
+    assert len({first, loss(step=4), loss(rank=1), loss(seed=1), loss(dropout=0.0)}) == 5
+    assert loss(dropout=0.0) == loss(dropout=0.0, step=4, rank=1, seed=1)
 
 
 def test_gradients_are_synchronized_once_a_step(byte_shards, tmp_path):
@@ -366,6 +405,7 @@ def test_checkpoint_opens_in_transformers(small_run, web_shards):
         assert (logits - ours(x)[0]).abs().max() <= 1e-4
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
     assert read_log(out / "log.txt")["val"][1][-1] == pytest.approx(loss.item(), abs=1e-4)
+    assert json.loads((folder / "config.json").read_text())["n_ctx"] == 64  # what llama.cpp's converter asks for
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Hello, I'm a language model,"
     assert tokenizer(text)["input_ids"] == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
@@ -449,13 +489,59 @@ def test_speed_leaves_evaluation_out(text_shards, run_script, tmp_path):
 def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, text_shards, run_script, tmp_path):
     """Training on must start where the checkpoint stopped, and refuse data of another vocabulary."""
     folder = small_run[0] / "checkpoints" / "step_000020"
-    flags = [*SMALL, "--init_from", folder, "--max_steps", 5, "--out_dir", tmp_path / "out"]
+    flags = [*SMALL, "--init_from", folder, "--dropout", 0.2, "--max_steps", 5, "--out_dir", tmp_path / "out"]
     done = run_script("train_gpt2.py", *flags, "--data_dir", web_shards)
     assert done.returncode == 0, done.stderr
     assert read_log(tmp_path / "out" / "log.txt")["val"][1][0] == read_log(small_run[0] / "log.txt")["val"][1][-1]
+    saved = json.loads((tmp_path / "out" / "checkpoints" / "step_000005" / "config.json").read_text())
+    assert saved["attn_pdrop"] == saved["embd_pdrop"] == saved["resid_pdrop"] == 0.2
     wrong = run_script("train_gpt2.py", *flags, "--data_dir", text_shards, "--overwrite")
     assert wrong.returncode == 2 and "50257 ids" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     assert read_log(tmp_path / "out" / "log.txt")["val"][0] == [0, 5]
+
+
+def tracked(tracker, folder):
+    """What a tracker has stored: (name of the run, step, values) in the order of the calls."""
+    if tracker == "trackio":
+        rows = sqlite3.connect(folder / "gpt2.db").execute("SELECT run_name, step, metrics FROM metrics ORDER BY id")
+        return [(name, step, json.loads(values)) for name, step, values in rows]
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):  # the log format of LevelDB, after 7 bytes
+        data, start, record = path.read_bytes(), 7, b""
+        while start + 7 <= len(data):
+            if start % 2**15 > 2**15 - 7:  # what is left of a block holds no header
+                start += -start % 2**15
+            length, kind = int.from_bytes(data[start + 4 : start + 6], "little"), data[start + 6]
+            record, start = record + data[start + 7 : start + 7 + length], start + 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                found, record = Record.FromString(record), b""
+                if found.WhichOneof("record_type") == "run":
+                    name = found.run.display_name
+                if found.WhichOneof("record_type") == "history":
+                    values = {item.nested_key[0]: json.loads(item.value_json) for item in found.history.item}
+                    rows.append((name, found.history.step.num, values))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_tracker_has_the_log(tracker, text_shards, run_script, tmp_path):
+    """All that is in log.txt, of one run although it was resumed; one that starts over is another."""
+    pytest.importorskip(tracker, reason=f"{tracker} is optional: pip install {tracker}")
+    flags = [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path / "out", "--tracker", tracker]
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}
+    for more in ([], ["--resume"], ["--overwrite"]):
+        done = run_script("train_gpt2.py", *flags, *more, **environment)
+        assert done.returncode == 0 and "without the tracker" not in done.stderr, done.stderr
+        rows, log = tracked(tracker, tmp_path), read_log(tmp_path / "out" / "log.txt")
+        last = rows[-1][0]
+        for stream in ("train", "val", "lr", "norm"):
+            stored = {step: values[stream] for name, step, values in rows if name == last and stream in values}
+            assert list(stored) == log[stream][0] and list(stored.values()) == pytest.approx(log[stream][1], rel=1e-6)
+        assert len({name for name, _, _ in rows}) == 1 + (more == ["--overwrite"])
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_000020")
 
 
 @pytest.fixture(scope="session")
