@@ -153,7 +153,7 @@ def test_resumed_run_is_the_undisturbed_one(interrupted, undisturbed, text_shard
 
 
 @pytest.mark.slow
-def test_resumed_run_with_dropout(text_shards, run_script, tmp_path):
+def test_resumed_run_with_dropout(undisturbed, text_shards, run_script, tmp_path):
     """The same masks as undisturbed, whatever was sampled on the way; evaluation has none; a change is refused."""
     flags = [*TINY, "--data_dir", text_shards, "--dropout", 0.3, "--max_steps", 8, "--save_interval", 4]
     done = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
@@ -173,7 +173,9 @@ def test_resumed_run_with_dropout(text_shards, run_script, tmp_path):
     loader = train_gpt2.DataLoaderLite(text_shards, "val", 4, 64, shuffle=False)
     runtime = train_gpt2.Runtime(0, 1, torch.device("cpu"), torch.float32, False)
     loss = train_gpt2.validation_loss(train_gpt2.GPT.from_pretrained(folder), loader, 2000, runtime)
-    assert read_log(tmp_path / "whole" / "log.txt")["val"][1][-1] == pytest.approx(loss, abs=1e-6)
+    log, without = read_log(tmp_path / "whole" / "log.txt"), read_log(undisturbed / "log.txt")
+    assert log["val"][1][-1] == pytest.approx(loss, abs=1e-6)
+    assert log["val"][1][0] == without["val"][1][0] and log["train"][1][0] != without["train"][1][0]
 
 
 def test_cut_log(tmp_path):

@@ -501,10 +501,10 @@ def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, text_shards,
 
 
 def tracked(tracker, folder):
-    """What a tracker has stored: (name of the run, step, values) in the order of the calls."""
+    """What a tracker has stored: (id of the run, step, values) in the order of the calls."""
     if tracker == "trackio":
-        rows = sqlite3.connect(folder / "gpt2.db").execute("SELECT run_name, step, metrics FROM metrics ORDER BY id")
-        return [(name, step, json.loads(values)) for name, step, values in rows]
+        rows = sqlite3.connect(folder / "gpt2.db").execute("SELECT run_id, step, metrics FROM metrics ORDER BY id")
+        return [(run, step, json.loads(values)) for run, step, values in rows]
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows = []
@@ -518,10 +518,10 @@ def tracked(tracker, folder):
             if kind in (1, 4):  # whole, or the last part
                 found, record = Record.FromString(record), b""
                 if found.WhichOneof("record_type") == "run":
-                    name = found.run.display_name
+                    run = found.run.run_id
                 if found.WhichOneof("record_type") == "history":
                     values = {item.nested_key[0]: json.loads(item.value_json) for item in found.history.item}
-                    rows.append((name, found.history.step.num, values))
+                    rows.append((run, found.history.step.num, values))
     return rows
 
 
@@ -538,9 +538,9 @@ def test_tracker_has_the_log(tracker, text_shards, run_script, tmp_path):
         rows, log = tracked(tracker, tmp_path), read_log(tmp_path / "out" / "log.txt")
         last = rows[-1][0]
         for stream in ("train", "val", "lr", "norm"):
-            stored = {step: values[stream] for name, step, values in rows if name == last and stream in values}
+            stored = {step: values[stream] for run, step, values in rows if run == last and stream in values}
             assert list(stored) == log[stream][0] and list(stored.values()) == pytest.approx(log[stream][1], rel=1e-6)
-        assert len({name for name, _, _ in rows}) == 1 + (more == ["--overwrite"])
+        assert len({run for run, _, _ in rows}) == 1 + (more == ["--overwrite"])
         shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_000020")
 
 
