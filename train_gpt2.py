@@ -47,6 +47,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hellaswag
@@ -114,6 +115,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 where it is native
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: wherever it works, but for mps
+    fsdp: bool = False  # each process holds a share of weights, gradients and moments, not all of them (FSDP2)
+    activation_checkpointing: bool = False  # compute each block again in the backward pass: slower, in less memory
 
     eval_interval: int = 250  # steps between evaluations (lecture)
     val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (modded-nanogpt)
@@ -233,6 +236,12 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        # FSDP gathers the weights in bfloat16, the residual stream is float32, and the kernel wants them to be alike
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -248,9 +257,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -274,7 +283,7 @@ def head_loss(states, weight, targets, vocab_size):
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
     constant_weight, constant_states = weight.detach().to(dtype), states.detach().to(dtype)
     ids = torch.arange(len(weight), device=device)
-    loss, weight_grad, states_grads = 0.0, torch.zeros_like(weight), []
+    loss, weight_grad, states_grads = 0.0, torch.zeros_like(weight, dtype=torch.float32), []
     for chunk, labels in zip(constant_states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
         logits = chunk @ constant_weight.t()  # (chunk, padded V)
         logits[:, vocab_size:] = float("-inf")  # the padding of the vocabulary does not exist
@@ -314,6 +323,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -353,8 +363,9 @@ class GPT(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position_ids))  # (B, T, C)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
-            x = block(x, mask, cache)
+            x = checkpoint(block, x, mask, use_reentrant=False) if recompute else block(x, mask, cache)
         return self.transformer.ln_f(x)
 
     def head(self, states):
@@ -679,6 +690,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    fsdp: bool = False
     stop: StopSignal = field(default_factory=StopSignal)
 
     def autocast(self):
@@ -780,7 +792,8 @@ def setup_runtime(config):
         )  # fmt: skip
     wants_compile = config.compile == "on" or (config.compile == "auto" and device_type != "mps")
     error = compiler_error(device) if wants_compile else None
-    runtime = Runtime(rank, world_size, device, pick_dtype(config.dtype, device_type), wants_compile and not error)
+    dtype = pick_dtype(config.dtype, device_type)
+    runtime = Runtime(rank, world_size, device, dtype, wants_compile and not error, config.fsdp)
     if error:
         runtime.print0(f"warning: torch.compile does not work here ({error}): running without it, more slowly")
     return runtime
@@ -818,16 +831,15 @@ def validation_loss(model, loader, val_tokens, runtime):
     for round_start in range(0, rows, runtime.world_size * B):
         runtime.raise_if_stopped()
         first = round_start + runtime.rank * B
-        if first >= rows:
-            break
+        own = max(0, min(B, rows - first))  # 0 where the rows run out: a model in shards needs all processes to call it
         x, y = loader.rows(range(first, first + B))
         y = y.clone()  # x and y are views of the same tokens
-        y[rows - first :] = -100  # the rows past the end, which head_loss leaves out
+        y[own:] = -100  # the rows past the end, which head_loss leaves out
         with runtime.autocast():
             _, loss = model(x, y)
         losses.append(loss)
-        counts.append(min(B, rows - first) * T)
-    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.float64)
+        counts.append(own * T)
+    losses = torch.stack(losses).cpu().double()
     total = (losses * torch.tensor(counts, dtype=torch.float64)).sum()
     return runtime.sum_over_ranks(total).item() / (rows * T)
 
@@ -1025,36 +1037,67 @@ def training_state(step, skipped, run, config):
     }
 
 
-def copy_to_cpu(value):
-    """Copies of all tensors in nested dicts and lists, which training goes on without changing."""
+def gather(tensor):
+    """All of a tensor of which each process holds a shard: they all have to ask. Any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(parameter, value):
+    """This process's shard of what an optimizer keeps for a parameter in shards; anything else as it is."""
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import, so only here
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
+
+
+def whole_model(raw_model):
+    """A plain GPT of the weights in float32: for a model in shards, which all processes gather, a copy, else itself."""
+    if not hasattr(raw_model, "unshard"):
+        return raw_model
+    with torch.device("meta"):
+        whole = GPT(raw_model.config)
+    whole.load_state_dict({name: gather(shard) for name, shard in raw_model.state_dict().items()}, assign=True)
+    whole.lm_head.weight = whole.transformer.wte.weight
+    return whole.eval()
+
+
+def copy_to_cpu(value, keep):
+    """Copies of all tensors in nested dicts and lists, which training goes on without changing.
+
+    keep: whether this process wants them; one that does not has None for each, having helped to gather those in shards.
+    """
     if isinstance(value, torch.Tensor):
-        return value.to("cpu", copy=True)
+        whole = gather(value)
+        return whole.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
-        return {key: copy_to_cpu(inner) for key, inner in value.items()}
+        return {key: copy_to_cpu(inner, keep) for key, inner in value.items()}
     if isinstance(value, list):
-        return [copy_to_cpu(inner) for inner in value]
+        return [copy_to_cpu(inner, keep) for inner in value]
     return value
 
 
 class CheckpointWriter:
     """Saves on a thread, from copies, so that training waits for these alone; one checkpoint at a time."""
 
-    def __init__(self, thread, config, run, newest_step):
-        self.thread, self.config, self.run, self.newest_step = thread, config, run, newest_step
-        self.last = None  # the future of the last save
+    def __init__(self, thread, config, run, runtime, newest_step):
+        self.thread, self.config, self.run, self.runtime, self.newest_step = thread, config, run, runtime, newest_step
+        self.last = None  # the future of the last save, on rank 0
 
     def failed(self):
         """Whether the last save is over and has failed. It has said so, and the older checkpoints are as they were."""
         return self.last is not None and self.last.done() and self.last.exception() is not None
 
     def save(self, step, skipped):
-        """Save the state at this step, unless the newest checkpoint is of it."""
+        """Save the state at this step, unless the newest checkpoint is of it: all processes gather, rank 0 writes."""
         if self.last:
             self.last.exception()  # waits for its end
-        if step != self.newest_step or self.failed():
-            self.newest_step = step
-            state = copy_to_cpu(training_state(step, skipped, self.run, self.config))
-            self.last = self.thread.submit(self._write, self.run.raw_model.pretrained_weights(), state)
+        if self.runtime.any_rank(step != self.newest_step or self.failed()):
+            self.newest_step, writes = step, self.runtime.rank == 0
+            state = copy_to_cpu(training_state(step, skipped, self.run, self.config), keep=writes)
+            whole = whole_model(self.run.raw_model)
+            if writes:
+                self.last = self.thread.submit(self._write, whole.pretrained_weights(), state)
 
     def finish(self):
         """Wait for the last save. Raises ConfigError where it has failed."""
@@ -1138,7 +1181,7 @@ def load_checkpoint(out_dir, runtime):
 CHANGEABLE = frozenset(
     "preset data_dir out_dir resume overwrite override micro_batch device dtype compile flash vocab_size eval_interval "
     "val_tokens save_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens hellaswag_file "
-    "tracker".split()
+    "tracker fsdp activation_checkpointing".split()
 )
 OVERRIDABLE = frozenset(
     "data_dir dropout grad_clip init_from lr max_steps min_lr_ratio seed shuffle total_batch_tokens warmup_steps "
@@ -1174,7 +1217,12 @@ def restore(state, optimizers, scaler, loader):
     """Put back what training needs beside the weights."""
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         groups = optimizer.state_dict()["param_groups"]  # the rates and decays of this run, which may have changed
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            i: {name: shard_like(parameters[i], value) for name, value in values.items()}
+            for i, values in saved["state"].items()
+        }
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     loader.position = state["loader"]
@@ -1239,8 +1287,31 @@ class Run(NamedTuple):
     log: Log
 
 
+def shard_model(raw_model, runtime):
+    """Leave each process a share of every weight, and gather a block's for as long as it computes (FSDP2, ZeRO-3).
+
+    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them anyway; the gradients are
+    summed in float32. What is left, the tied embedding above all, is the root's, stays float32, and is gathered once a
+    pass. Compiled is each block: the gathering around it is no part of a graph.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import, so only here
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in raw_model.transformer.h:
+        if runtime.compile:
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy).set_force_sum_reduction_for_comms(True)  # gloo has no average
+    fully_shard(raw_model, mesh=mesh).set_force_sum_reduction_for_comms(True)
+    return raw_model
+
+
 def wrap_model(raw_model, runtime):
     """The handle to train through: compiled, and synchronizing gradients where there are several processes."""
+    if runtime.fsdp:
+        return shard_model(raw_model, runtime)
     model = torch.compile(raw_model, dynamic=False, fullgraph=True) if runtime.compile else raw_model
     if runtime.world_size > 1:
         device_ids = [runtime.device] if runtime.device.type == "cuda" else None
@@ -1265,10 +1336,15 @@ def pick_micro_batch(raw_model, config, runtime):
 
 
 def fits_in_memory(raw_model, B, T, runtime):
-    """Whether a GPU can do a forward and a backward pass of (B, T) tokens beside earlier gradients and two moments."""
+    """Whether a GPU can do a forward and a backward pass of (B, T) tokens beside earlier gradients and two moments.
+
+    The model is not yet in shards: with FSDP, which will keep 1/world_size of weights, gradients and moments, and all
+    of the earlier gradients, the pass's own whole weights and gradients stand in for as much of that.
+    """
     fits = True
+    times = max(0, 4 / runtime.world_size + 1 - 2) if runtime.fsdp else 3  # the size of the parameters
     try:
-        ballast = torch.empty(3 * raw_model.num_params(), device=runtime.device)
+        ballast = torch.empty(int(times * raw_model.num_params()), device=runtime.device)
         tokens = torch.zeros(B, T, dtype=torch.long, device=runtime.device)
         with runtime.autocast():
             raw_model(tokens, tokens)[1].backward()
@@ -1280,6 +1356,14 @@ def fits_in_memory(raw_model, B, T, runtime):
     raw_model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return fits
+
+
+def gradient_sync(model, on):
+    """The context of a backward pass that averages the gradients over the processes, or leaves that to a later one."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(on)
+        model.set_is_last_backward(on)
+    return nullcontext() if on else getattr(model, "no_sync", nullcontext)()
 
 
 def train_step(model, optimizers, scaler, loader, step, config, runtime):
@@ -1295,8 +1379,7 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
         runtime.raise_if_stopped()
         x, y = loader.next_batch()
         # gradients add up locally; only the last backward pass averages them over the processes
-        last_micro_step = micro_step == grad_accum_steps - 1
-        with nullcontext() if last_micro_step else getattr(model, "no_sync", nullcontext)():
+        with gradient_sync(model, on=micro_step == grad_accum_steps - 1):
             with runtime.autocast():
                 _, loss = model(x, y)
             # backward passes add gradients, and a sum over micro-batches is not the mean over the batch: divide first
@@ -1305,7 +1388,7 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     # the one time a step that the host waits for the device
     loss, norm = (runtime.sum_over_ranks(torch.stack([loss_sum, norm])) / runtime.world_size).tolist()
     finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all processes
@@ -1323,12 +1406,15 @@ def evaluate(step, run, config, runtime):
     """Measure, print and log what is due at this step. Raises Stopped, with nothing logged."""
     last_step = step == config.max_steps
     run.raw_model.eval()  # without dropout, and so model, which shares its modules
-    if step % config.eval_interval == 0 or last_step:
+    evaluates = step % config.eval_interval == 0 or last_step
+    samples = step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step)
+    raw_model = whole_model(run.raw_model) if samples or (evaluates and run.hellaswag_rows) else None
+    if evaluates:
         times = [time.perf_counter()]
         results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
         times.append(time.perf_counter())
         if run.hellaswag_rows:
-            results["hella"] = hellaswag_accuracy(run.raw_model, run.hellaswag_rows, runtime)
+            results["hella"] = hellaswag_accuracy(raw_model, run.hellaswag_rows, runtime)
             times.append(time.perf_counter())
         parts = [
             f"{name}: {value:.4f} ({b - a:.1f} s)" for (name, value), a, b in zip(results.items(), times, times[1:])
@@ -1339,8 +1425,8 @@ def evaluate(step, run, config, runtime):
             with suppress(OSError):  # of a full disk, which the log has named
                 figure = draw_curve({"": read_log(run.log.path)}, fineweb.read_manifest(config.data_dir))
                 figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
-    if runtime.rank == 0 and step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step):
-        print_samples(run.raw_model, run.encoding, config, runtime)
+    if runtime.rank == 0 and samples:
+        print_samples(raw_model, run.encoding, config, runtime)
     run.raw_model.train()
 
 
@@ -1377,14 +1463,15 @@ def set_up(model_config, config, runtime, state, weights):
         raw_model.load_pretrained_weights(weights)
     else:
         raw_model = load_model(model_config, encoding, config)
+    raw_model.activation_checkpointing = config.activation_checkpointing
     raw_model.to(runtime.device)
     loader.B = val_loader.B = pick_micro_batch(raw_model, config, runtime)
     hellaswag_rows = load_hellaswag(config, encoding, raw_model.config.block_size, runtime)
+    model = wrap_model(raw_model, runtime)  # first, for shards are parameters of their own
     optimizers = configure_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if state:
         restore(state, optimizers, scaler, loader)
-    model = wrap_model(raw_model, runtime)
     log = Log(config.out_dir)
     return Run(raw_model, model, optimizers, scaler, loader, val_loader, fingerprint, encoding, hellaswag_rows, log)
 
@@ -1405,14 +1492,14 @@ def train(model_config, config, runtime):
         run.log.start_tracker(run.raw_model.config, config)
 
     with runtime.stop, ThreadPoolExecutor(max_workers=1) as thread:
-        writer = CheckpointWriter(thread, config, run, resumed_step)
+        writer = CheckpointWriter(thread, config, run, runtime, resumed_step)
         try:
             for step in range(first_step, config.max_steps + 1):
                 last_step, position = step == config.max_steps, run.loader.position
                 if not (evaluated and step == first_step):
                     evaluate(step, run, config, runtime)
-                retry = writer.failed() and step % config.eval_interval == 0
-                if runtime.rank == 0 and (last_step or retry or (step > 0 and step % config.save_interval == 0)):
+                retry = step % config.eval_interval == 0 and runtime.any_rank(writer.failed())
+                if last_step or retry or (step > 0 and step % config.save_interval == 0):
                     writer.save(step, skipped)
                 if last_step:
                     break
@@ -1431,7 +1518,7 @@ def train(model_config, config, runtime):
             if not (isinstance(error, Stopped) or compiler_stopped):
                 raise
             run.loader.position = position  # where the step began that is not done
-            if runtime.rank == 0 and step > 0:
+            if step > 0:
                 writer.save(step, skipped)
             writer.finish()
             runtime.print0(f"stopped at step {step}: go on with --resume")
@@ -1475,7 +1562,7 @@ def describe_run(run, config, runtime, resumed_step):
         f"batch: {config.total_batch_tokens:,} tokens = {loader.B} rows x {loader.T} tokens x {runtime.world_size} "
         f"processes x {accumulation} micro-steps\n"
         f"machine: {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, "
-        f"torch {torch.__version__}, {platform.machine()}, "
+        f"torch {torch.__version__}, {platform.machine()}, {'in shards, ' if runtime.fsdp else ''}"
         f"{'compiled, which the first step waits for' if runtime.compile else 'eager'}"
         + (f"\nresuming {config.out_dir} at step {resumed_step}" if resumed_step is not None else "")
     )
@@ -1559,6 +1646,10 @@ def machine_errors(config, world_size):
         errors.append("--device mps, but torch finds no Apple GPU here: give --device cpu")
     if device_type == "mps" and world_size > 1:
         errors.append("an Apple GPU serves one process: start with python, or give --device cpu")
+    if config.fsdp and world_size == 1:
+        errors.append("--fsdp is for several processes: start them with torchrun --nproc_per_node, or leave it out")
+    if config.fsdp and pick_dtype(config.dtype, device_type) == torch.float16:
+        errors.append("--fsdp cannot scale float16's gradients: give --dtype bfloat16 or float32")
     if config.dtype == "float16" and device_type != "cuda":
         errors.append(f"--dtype float16 needs an NVIDIA GPU, this run is on {device_type}: give --dtype float32")
     return errors

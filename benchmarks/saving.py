@@ -16,7 +16,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
-from train_gpt2 import GPT, CheckpointWriter, GPTConfig, Run, TrainConfig, configure_optimizers, save_checkpoint
+from train_gpt2 import (
+    GPT,
+    CheckpointWriter,
+    GPTConfig,
+    Run,
+    Runtime,
+    TrainConfig,
+    configure_optimizers,
+    save_checkpoint,
+)
 
 
 class Loader:
@@ -36,7 +45,7 @@ def main(out_dir, repetitions=5):
     run = Run(model, model, optimizers, scaler, Loader, Loader, {}, fineweb.get_encoding("gpt2"), None, None)
     stalls, writes, blocking = [], [], []
     with ThreadPoolExecutor(max_workers=1) as thread:
-        writer = CheckpointWriter(thread, config, run, None)
+        writer = CheckpointWriter(thread, config, run, Runtime(0, 1, device, torch.float32, False), None)
         for step in range(1, 2 * repetitions, 2):
             start = time.perf_counter()
             writer.save(step, 0)

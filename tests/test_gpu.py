@@ -72,3 +72,21 @@ def test_micro_batch_auto_fits(shards, run_script, tmp_path):
         assert done.returncode == 0, done.stderr
         rows[gigabytes] = int(re.search(r"= (\d+) rows x", done.stdout)[1])
     assert rows[1.5] < rows[8] == 512
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_shards_on_two_gpus(shards, run_script, tmp_path):
+    """--fsdp over NCCL, compiled, in bfloat16, trains DDP's run, finds its micro-batch, samples and can be resumed."""
+    losses = []
+    for more in ([], ["--fsdp"], ["--fsdp", "--activation_checkpointing", "--micro_batch", "auto"]):
+        flags = [*SMALL, "--data_dir", shards, "--dtype", "bfloat16", "--out_dir", tmp_path / str(len(losses)), *more]
+        done = run_script("train_gpt2.py", *flags, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("sample 0: !") == 2
+        losses.append(read_log(tmp_path / str(len(losses)) / "log.txt")["train"][1])
+        assert losses[-1] == pytest.approx(losses[0], abs=0.05)
+    done = run_script("train_gpt2.py", *flags, "--resume", "--max_steps", 25, "--override", "max_steps")
+    assert done.returncode == 2 and "torchrun" in done.stderr  # --fsdp on one process
+    flags.remove("--fsdp")
+    done = run_script("train_gpt2.py", *flags, "--resume", "--max_steps", 25, "--override", "max_steps")
+    assert done.returncode == 0 and "at step 20" in done.stdout, done.stderr

@@ -214,10 +214,11 @@ def test_checkpoint_is_of_its_moment_and_finite(tmp_path, capsys):
     run = train_gpt2.Run(
         model, model, optimizers, scaler, loader, loader, {}, fineweb.get_encoding("bytes"), None, None
     )
+    runtime = train_gpt2.Runtime(0, 1, torch.device("cpu"), torch.float32, compile=False)
     with ThreadPoolExecutor(max_workers=1) as thread:
         free = threading.Event()
         thread.submit(free.wait)
-        writer = train_gpt2.CheckpointWriter(thread, config, run, None)
+        writer = train_gpt2.CheckpointWriter(thread, config, run, runtime, None)
         writer.save(3, skipped=0)
         update()
         free.set()

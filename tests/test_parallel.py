@@ -1,0 +1,270 @@
+"""More machines: models in shards, blocks computed twice, and torchrun on two nodes train the same run."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_resume import TINY, Program, assert_same_run, error_lines, worker
+
+from train_gpt2 import GPT, PRESETS, DataLoaderLite, GPTConfig, Runtime, flops_per_token, read_log, validation_loss
+
+# 33 channels, and with them most tensors, do not divide by two processes; micro-steps add up
+ODD = [*TINY, "--n_head", 3, "--n_embd", 33, "--optimizer", "adamw", "--max_steps", 20, "--micro_batch", 2]
+CPU = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32, compile=False)
+
+
+def trained(run_script, out, *flags, processes=1, **environment):
+    """The log of a finished run."""
+    done = run_script("train_gpt2.py", *ODD, *flags, "--out_dir", out, processes=processes, **environment)
+    assert done.returncode == 0, done.stderr
+    return read_log(out / "log.txt"), done.stdout
+
+
+COMPILED_BFLOAT16 = "--compile on --dtype bfloat16 --activation_checkpointing"
+
+
+def assert_close(log, expected, tolerance=1e-4):
+    for stream in ("train", "val", "norm"):
+        assert log[stream][0] == expected[stream][0]
+        assert log[stream][1] == pytest.approx(expected[stream][1], abs=tolerance)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_shards_train_the_same_run(text_shards, run_script, tmp_path, optimizer):
+    """One process, two, or two with a share of the weights each: the same losses, gradient norms and checkpoints."""
+    # Muon multiplies in bfloat16, which magnifies the noise of another order of sums: small steps keep that small
+    flags = ["--data_dir", text_shards, "--optimizer", optimizer, "--lr", 0.01 if optimizer == "adamw" else 0.002]
+    one, _ = trained(run_script, tmp_path / "one", *flags)
+    two, _ = trained(run_script, tmp_path / "two", *flags, processes=2)
+    shards, stdout = trained(run_script, tmp_path / "shards", *flags, "--fsdp", processes=2)
+    assert "in shards" in stdout and shards["train"][1][-1] < shards["train"][1][0] - 1
+    assert_close(shards, one)
+    assert_close(shards, two)
+    states = [
+        torch.load(tmp_path / out / "checkpoints" / "step_000020" / "training_state.pt", weights_only=True)[
+            "optimizers"
+        ]
+        for out in ("one", "shards")
+    ]
+    for one, shards in zip(*states, strict=True):
+        assert one["param_groups"] == shards["param_groups"] and one["state"].keys() == shards["state"].keys()
+        for i, values in one["state"].items():
+            for name, value in values.items():
+                torch.testing.assert_close(shards["state"][i][name], value, rtol=0.05, atol=1e-4)
+
+
+def test_shards_need_processes_and_a_wide_exponent(text_shards, tmp_path, capsys, monkeypatch):
+    """One process has nothing to share with, and float16's scaler would part the processes: a line for each."""
+    flags = [*ODD, "--data_dir", text_shards, "--out_dir", tmp_path / "out", "--fsdp"]
+    (line,) = error_lines(capsys, *flags)
+    assert "--fsdp" in line and "torchrun" in line
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines = error_lines(capsys, *flags, "--dtype", "float16")
+    assert "--dtype bfloat16" in lines[0] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["--dtype bfloat16", "--compile on", COMPILED_BFLOAT16])
+def test_shards_in_other_precisions_and_compiled(text_shards, run_script, tmp_path, more):
+    """Blocks gathered in bfloat16 compute what autocast does; a compiled block is compiled once for all layers."""
+    flags = ["--data_dir", text_shards, "--n_layer", 4, "--n_embd", 36]
+    precision = ["--dtype", "bfloat16"] if "bfloat16" in more else []
+    whole, _ = trained(run_script, tmp_path / "whole", *flags, *precision, processes=2)
+    shards, stdout = trained(run_script, tmp_path / "shards", *flags, "--fsdp", *more.split(), processes=2)
+    for stream in ("train", "val"):
+        assert shards[stream][1] == pytest.approx(whole[stream][1], abs=3e-3)
+    assert ("compiled" in stdout) == ("--compile" in more)
+
+
+@pytest.mark.slow
+def test_shards_are_scored_and_sampled(shared_data, make_shards, run_script, tmp_path):
+    """HellaSwag and samples come from whole float32 weights: the counts and the text of one process."""
+    tokens = np.random.RandomState(0).randint(0, 50257, 9000)
+    data = make_shards(tmp_path / "data", {"val": [tokens[:3000]], "train": [tokens[3000:]]})
+    rows = (shared_data / "hellaswag" / "hellaswag_val_600.jsonl").read_text().splitlines(keepends=True)[:21]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    flags = ["--data_dir", data, "--block_size", 256, "--max_steps", 6, "--eval_interval", 3, "--sample_interval", 3]
+    flags += ["--hellaswag_file", tmp_path / "rows.jsonl", "--dtype", "bfloat16", "--lr", 1e-9]
+    one, one_stdout = trained(run_script, tmp_path / "one", *flags)
+    shards, stdout = trained(run_script, tmp_path / "shards", *flags, "--fsdp", processes=2)
+    assert shards["hella"] == one["hella"] and len(one["hella"][0]) == 3
+    samples = re.findall(r"^sample \d: .*$", one_stdout, re.M)
+    assert len(samples) == 2 * 4 and re.findall(r"^sample \d: .*$", stdout, re.M) == samples
+
+
+@pytest.mark.slow
+def test_shards_resume_to_the_bit_and_as_anything_else(text_shards, run_script, tmp_path):
+    """A checkpoint knows no layout: the same one goes on exactly, DDP -> shards -> one process within rounding."""
+    flags = ["--data_dir", text_shards, "--max_steps", 30, "--optimizer", "muon"]
+    trained(run_script, tmp_path / "whole", *flags, "--fsdp", processes=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    for step in (20, 30):
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / f"step_0000{step}")
+    _, stdout = trained(run_script, tmp_path / "out", *flags, "--fsdp", "--resume", processes=2)
+    assert "at step 10" in stdout
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+    flags[-1] = "adamw"
+    expected, _ = trained(run_script, tmp_path / "one", *flags)
+    for processes, more, steps in ((2, [], (20, 30)), (2, ["--fsdp", "--resume"], (30,)), (1, ["--resume"], ())):
+        log, stdout = trained(run_script, tmp_path / "tour", *flags, *more, processes=processes)
+        for step in steps:
+            shutil.rmtree(tmp_path / "tour" / "checkpoints" / f"step_0000{step}")
+    assert "at step 20" in stdout
+    assert_close(log, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_shards_stop_and_go_on(text_shards, run_script, tmp_path):
+    """A signal to one of the processes while micro-steps add up: both gather what they save, and it goes on."""
+    flags = [*ODD, "--data_dir", text_shards, "--total_batch_tokens", 8192, "--fsdp", "--save_interval", 1000]
+    run = Program(*flags, "--out_dir", tmp_path / "out", "--resume", processes=2)
+    run.wait_for(r"^step +12 \| loss")
+    os.kill(worker(run.process, rank=1), signal.SIGTERM)
+    assert run.end() != 0 and re.search("^stopped at step 1[3-9]", run.text, re.M), run.text
+    log, _ = trained(run_script, tmp_path / "out", *flags[len(ODD) :], "--resume", processes=2)
+    expected, _ = trained(run_script, tmp_path / "whole", *flags[len(ODD) :], processes=2)
+    assert_close(log, expected)
+
+
+def test_all_ranks_validate_equally_often(text_shards):
+    """Shards need all processes in each forward pass: one whose rows have run out must not stay away."""
+    torch.manual_seed(0)
+    model, calls = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8)), []
+    total = 0.0
+    for rank in range(3):
+        runtime = replace(CPU, rank=rank, world_size=3)
+        object.__setattr__(runtime, "sum_over_ranks", lambda tensor: tensor)
+        object.__setattr__(runtime, "any_rank", bool)
+        loader = DataLoaderLite(text_shards, "val", 2, 16, rank, 3, shuffle=False)
+        calls.append(0)
+
+        def count(x, y):
+            calls[-1] += 1
+            return model(x, y)
+
+        total += validation_loss(count, loader, 7 * 16, runtime)
+    assert calls == [2, 2, 2]
+    loader = DataLoaderLite(text_shards, "val", 7, 16, shuffle=False)
+    assert total == pytest.approx(validation_loss(model, loader, 7 * 16, CPU), abs=1e-6)
+
+
+# --- blocks computed twice --------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_changes_nothing_but_memory():
+    """Each block runs once more in the backward pass, and loss and gradients stay the same to the bit."""
+    torch.manual_seed(0)
+    model, calls = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=3, n_head=2, n_embd=16)), []
+    model.transformer.h[1].mlp.gelu.register_forward_hook(lambda *_: calls.append(None))
+    x, y = torch.randint(0, 257, (2, 2, 16))
+    results = []
+    for wanted, expected_calls in ((False, 1), (True, 2)):
+        model.activation_checkpointing = wanted
+        loss = model(x, y)[1]
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+        model.zero_grad()
+        assert len(calls) == expected_calls
+        calls.clear()
+    assert all(map(torch.equal, *results))
+    with torch.no_grad():
+        model(x, y)
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_trains_the_same_run(text_shards, run_script, tmp_path):
+    """As a flag: the same log to the bit, compiled and on two processes within rounding."""
+    flags = ["--data_dir", text_shards, "--n_embd", 36]
+    plain, _ = trained(run_script, tmp_path / "plain", *flags)
+    twice, _ = trained(run_script, tmp_path / "twice", *flags, "--activation_checkpointing")
+    assert all(twice[stream] == plain[stream] for stream in ("train", "val", "norm"))
+    flags += ["--activation_checkpointing", "--compile", "on"]
+    compiled, _ = trained(run_script, tmp_path / "compiled", *flags, processes=2)
+    assert_close(compiled, plain, 1e-3)
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["whole", "shards"])
+def test_two_nodes_survive_a_killed_rank(text_shards, run_script, tmp_path, more):
+    """Two torchruns that meet by c10d: when one's process dies both start theirs again, and end as one machine does."""
+    flags = ["--data_dir", text_shards, "--total_batch_tokens", 4096, *more]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv_id=test"]
+    torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", str(ROOT / "train_gpt2.py")]
+    nodes = [Program(*ODD, *flags, "--out_dir", tmp_path / "out", "--resume", launcher=torchrun) for _ in range(2)]
+    while not any(re.search(r"^step +13 \| loss", node.text, re.M) for node in nodes):
+        assert all(node.process.poll() is None for node in nodes), nodes[0].text + nodes[1].text
+        time.sleep(0.05)
+    first, second = sorted(nodes, key=lambda node: "step " not in node.text)  # the first has rank 0
+    os.kill(worker(second.process, rank=1), signal.SIGKILL)
+    assert first.end() == second.end() == 0, first.text + second.text
+    assert re.findall(r"^resuming .* at step (\d+)", first.text, re.M) == ["10"]
+    assert not re.search(r"^(model|step|saved|resuming)", second.text, re.M)
+    trained(run_script, tmp_path / "two", *flags, processes=2)
+    assert_same_run(tmp_path / "out", tmp_path / "two")
+    one, _ = trained(run_script, tmp_path / "one", "--data_dir", text_shards, "--total_batch_tokens", 4096)
+    assert_close(read_log(tmp_path / "out" / "log.txt"), one)
+
+
+# --- what scale costs -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_scale_is_its_arithmetic():
+    """README's bytes, times and memory of DDP and FSDP at 8 and 64 GPUs follow from the formulas that stand there."""
+    readme = (ROOT / "README.md").read_text().partition("## More machines")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| ")]
+    scale = [row for row in rows if len(row) == 6 and re.match(r"\d+ x \d+$", row[2])]
+    memory = [row for row in rows if len(row) == 6 and row[1] == "8, 64"]
+
+    def numbers(*cells):
+        found = [
+            float(number.replace(",", "")) for cell in cells for number in re.findall(r"\d[\d.]*(?:,\d{3})*", cell)
+        ]
+        return pytest.approx(found, rel=0.03, abs=0.05)
+
+    for preset, rows, gigabytes in zip(("gpt2", "gpt2-xl", "gpt3-1.3b"), (scale[:3], scale[3:6], scale[6:]), memory):
+        config, run = PRESETS[preset]
+        with torch.device("meta"):
+            model = GPT(config)
+        P, blocks = model.num_params(), sum(p.numel() for p in model.transformer.h.parameters())
+        ddp, fsdp, kept, recomputed = [], [], [], []
+        for row, N, bandwidth in zip(rows, (1, 8, 64), (math.inf, 450e9, 400e9)):
+            B, m = map(int, row[2].split(" x "))
+            assert B * m * N * run.seq_len == 2**19 and row[1] == str(N)
+            seconds = flops_per_token(config, run.seq_len) * 2**19 / N / (0.4 * 989e12)
+            assert [seconds if " s" in row[3] else seconds * 1e3] == numbers(row[3])
+            if N == 1:
+                continue
+            sent = [2 * (N - 1) / N * 4 * P, (N - 1) / N * 4 * P * (m + 1)]
+            assert [x for n in sent for x in (n / 1e9, n / bandwidth * 1e3)] == numbers(*row[4:])
+            gathered = 4 * (P - blocks) + 3 * 2 * blocks / config.n_layer
+            ddp.append(18 * P / 1e9)
+            fsdp.append((16 * P / N + 4 * P * (m > 1) + gathered) / 1e9)
+            tokens_and_channels = B * run.seq_len * config.n_embd / 1e9
+            kept.append(36 * tokens_and_channels * config.n_layer)
+            recomputed.append((4 * config.n_layer + 36) * tokens_and_channels)
+        assert [ddp[0], *fsdp, *kept, *recomputed] == numbers(*gigabytes[2:])
+    assert len(scale) == 9 and preset == "gpt3-1.3b"
