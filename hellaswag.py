@@ -373,14 +373,22 @@ def newest_checkpoint(model: str) -> str:
     return str(steps[-1])
 
 
-def load_model(name: str):
-    """Open a GPT-2 by Hub name or folder: returns (model in fp32, encode). Raises HellaSwagError."""
+def import_transformers():
+    """The module, told to print errors alone. It takes seconds to import, so only what needs it calls this."""
+    # transformers imports torchao, if it is there, which warns of what it has for GPUs and compilers that are not
+    for name in ("huggingface_hub", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def load_model(name: str):
+    """Open a GPT-2 by Hub name or folder: returns (model in fp32, encode). Raises HellaSwagError."""
+    transformers = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type != "gpt2":
@@ -407,9 +415,7 @@ def load_tokenizer(name: str, vocab_size: int):
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     try:
         if not os.path.isdir(name) or any(os.path.exists(os.path.join(name, file)) for file in files):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = import_transformers().AutoTokenizer.from_pretrained(name)
             return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
         if vocab_size != 50257:
             raise ValueError(f"no tokenizer files, and {vocab_size:,} ids are not GPT-2's 50,257")
@@ -526,7 +532,6 @@ def main() -> None:
     """Read the command line and run; a user's mistake ends in one line and exit code 2."""
     import tyro
 
-    logging.disable(logging.WARNING)  # of torchao, which transformers imports, about GPUs that are not here
     try:
         tyro.cli(run, use_underscores=True)
     except HellaSwagError as error:

@@ -6,7 +6,6 @@ Generate text from any GPT-2: one of Hugging Face's, or a checkpoint of ours.
     python sample.py --prompt_file story.txt              a prompt from a file; - is standard input
 """
 
-import logging
 import math
 import os
 import sys
@@ -110,7 +109,6 @@ def main():
     """Sample as the command line says. Exit code 2 for a user's mistake, 130 for Ctrl-C."""
     import tyro
 
-    logging.disable(logging.WARNING)  # of torchao, which transformers imports, about GPUs that are not here
     try:
         tyro.cli(run, use_underscores=True)
         sys.stdout.flush()
