@@ -102,9 +102,10 @@ class TrainConfig:
     seq_len: int = 1024  # tokens of a row, at most block_size (GPT-2)
     shuffle: bool = True  # permute shards and rows anew in every epoch; off is the lecture's order
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with AdamW for the rest
     lr: float = 6e-4  # peak learning rate (GPT-3)
-    min_lr_ratio: float = 0.1  # where the cosine ends, as a share of the peak (GPT-3)
+    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls from the peak (GPT-3)
+    min_lr_ratio: float = 0.1  # where it ends, as a share of the peak (GPT-3)
     warmup_steps: int = 715  # linear warmup: 375M tokens (GPT-3)
     weight_decay: float = 0.1  # on tensors of two dimensions and more only (GPT-3)
     grad_clip: float = 1.0  # largest norm of the whole gradient, 0 for no limit (GPT-3)
@@ -136,6 +137,16 @@ class TrainConfig:
 # says 24, which does not divide 2048. All train on 10B tokens; for the paper's 300B: --max_steps 572205, 1.3B 286102.
 PRESETS = {
     "gpt2": (GPTConfig(), TrainConfig()),
+    # fewer tokens: a small model reaches "gpt2"'s loss in less than half of the tokens (benchmarks/results/recipes.md).
+    # lr is a start, not measured at this size. There the best rate is two to eight times AdamW's, and Muon's updates
+    # have the size of AdamW's at any width, so that a rate moves with AdamW's own: 6e-4, times four
+    "gpt2-fast": (
+        GPTConfig(),
+        TrainConfig(
+            preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear", min_lr_ratio=0.0,
+            max_steps=9537, warmup_steps=358,
+        ),
+    ),
     "gpt2-medium": (
         GPTConfig(n_layer=24, n_head=16, n_embd=1024),
         TrainConfig(preset="gpt2-medium", lr=3e-4),
@@ -428,16 +439,12 @@ class GPT(nn.Module):
         or any folder of a GPT2LMHeadModel, our checkpoints among them. flash and dropout are this model's, whatever the
         folder was trained with. Raises ConfigError for what is not to be had, is no GPT-2 or lacks weights.
         """
-        from transformers import AutoConfig, GPT2LMHeadModel, logging  # takes seconds to import, so only here
-
-        logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
+        transformers = hellaswag.import_transformers()
         try:
-            hf_config = AutoConfig.from_pretrained(name_or_folder)
+            hf_config = transformers.AutoConfig.from_pretrained(name_or_folder)
             check_is_gpt2(hf_config)
             options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            hf_model, loading = GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
+            hf_model, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
         except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {hellaswag.one_line(error)}") from None
         lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
@@ -596,15 +603,100 @@ class DataLoaderLite:
         return self.rows(range(first, first + self.B))
 
 
+# --- a model in shards (FSDP2) ----------------------------------------------------------------------------------------
+
+
+def shard_model(raw_model, runtime):
+    """Leave each process a share of every weight, and gather a block's for as long as it computes (FSDP2, ZeRO-3).
+
+    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them anyway; the gradients are
+    summed in float32. What is left, the tied embedding above all, is the root's, stays float32, and is gathered once a
+    pass. Compiled is each block: the gathering around it is no part of a graph.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import, so only here
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in raw_model.transformer.h:
+        if runtime.compile:
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy).set_force_sum_reduction_for_comms(True)  # gloo has no average
+    fully_shard(raw_model, mesh=mesh).set_force_sum_reduction_for_comms(True)
+    return raw_model
+
+
+def gather(tensor):
+    """All of a tensor of which each process holds a shard: they all have to ask. Any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(parameter, value):
+    """This process's shard of what an optimizer keeps for a parameter in shards; anything else as it is."""
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import, so only here
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
+
+
+def whole_model(raw_model):
+    """A plain GPT of the weights in float32: for a model in shards, which all processes gather, a copy, else itself."""
+    if not hasattr(raw_model, "unshard"):
+        return raw_model
+    with torch.device("meta"):
+        whole = GPT(raw_model.config)
+    whole.load_state_dict({name: gather(shard) for name, shard in raw_model.state_dict().items()}, assign=True)
+    whole.lm_head.weight = whole.transformer.wte.weight
+    return whole.eval()
+
+
 # --- optimizers and schedule ------------------------------------------------------------------------------------------
+
+
+def orthogonalize(matrices):
+    """(n, a, b) -> (n, a, b), about the nearest matrices whose singular values are all 1 (Jordan et al. 2024)."""
+    x = matrices.bfloat16()
+    x = x.mT if x.size(1) > x.size(2) else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):  # a polynomial of the singular values that takes small ones towards 1 as fast as one can
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if matrices.size(1) > matrices.size(2) else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalized momentum for matrices (Jordan et al. 2024), scaled to the size of an AdamW update (Moonshot 2025).
+
+    So one rate and one weight decay serve both. torch.optim.Muon with match_rms_adamw is the same, but for query, key
+    and value: c_attn.weight (3C, C) holds them as one matrix, and here they are orthogonalized apart.
+    """
+
+    momentum = 0.95  # Jordan et al.
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                average = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - self.momentum)
+                update = gather(weight.grad.lerp(average, self.momentum))  # Nesterov's: one step ahead
+                pieces = 3 if weight.size(0) == 3 * weight.size(1) else 1
+                update = orthogonalize(torch.stack(update.chunk(pieces)))  # (pieces, a, b)
+                scale = 0.2 * max(update.shape[1:]) ** 0.5  # 0.2: the root mean square of AdamW's updates
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(shard_like(weight, update.flatten(0, 1)), alpha=-group["lr"] * scale)
 
 
 def configure_optimizers(model, config):
     """The list of optimizers that --optimizer names, over all parameters of the model, each once.
 
     Weight decay falls on tensors of two dimensions and more (matrices and embeddings), not on biases and layer norms.
-    Muon orthogonalizes the update of a matrix (Jordan et al. 2024); match_rms_adamw scales it to the size of an AdamW
-    update (Moonshot AI 2025), so that one --lr and one --weight_decay serve both.
     """
     matrices, decayed, undecayed = [], [], []
     for name, parameter in model.named_parameters():
@@ -620,21 +712,19 @@ def configure_optimizers(model, config):
     ]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(matrices, config.lr, config.weight_decay))
     return optimizers
 
 
 def get_lr(step, config):
-    """The learning rate of an update: linear warmup, then a cosine down to min_lr_ratio * lr at max_steps (GPT-3)."""
+    """The learning rate of an update: linear warmup, then the schedule, to min_lr_ratio * lr at max_steps (GPT-3)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if step >= config.max_steps:
         return config.lr * config.min_lr_ratio
     progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 -> 0
-    return config.lr * (config.min_lr_ratio + cosine * (1.0 - config.min_lr_ratio))
+    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 -> 0
+    return config.lr * (config.min_lr_ratio + left * (1.0 - config.min_lr_ratio))
 
 
 # --- runtime: which process this is, and what it computes on ----------------------------------------------------------
@@ -1037,31 +1127,6 @@ def training_state(step, skipped, run, config):
     }
 
 
-def gather(tensor):
-    """All of a tensor of which each process holds a shard: they all have to ask. Any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def shard_like(parameter, value):
-    """This process's shard of what an optimizer keeps for a parameter in shards; anything else as it is."""
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor  # takes a second to import, so only here
-
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
-
-
-def whole_model(raw_model):
-    """A plain GPT of the weights in float32: for a model in shards, which all processes gather, a copy, else itself."""
-    if not hasattr(raw_model, "unshard"):
-        return raw_model
-    with torch.device("meta"):
-        whole = GPT(raw_model.config)
-    whole.load_state_dict({name: gather(shard) for name, shard in raw_model.state_dict().items()}, assign=True)
-    whole.lm_head.weight = whole.transformer.wte.weight
-    return whole.eval()
-
-
 def copy_to_cpu(value, keep):
     """Copies of all tensors in nested dicts and lists, which training goes on without changing.
 
@@ -1184,8 +1249,8 @@ CHANGEABLE = frozenset(
     "tracker fsdp activation_checkpointing".split()
 )
 OVERRIDABLE = frozenset(
-    "data_dir dropout grad_clip init_from lr max_steps min_lr_ratio seed shuffle total_batch_tokens warmup_steps "
-    "weight_decay".split()
+    "data_dir dropout grad_clip init_from lr max_steps min_lr_ratio schedule seed shuffle total_batch_tokens "
+    "warmup_steps weight_decay".split()
 )
 
 
@@ -1285,27 +1350,6 @@ class Run(NamedTuple):
     encoding: tiktoken.Encoding
     hellaswag_rows: list | None
     log: Log
-
-
-def shard_model(raw_model, runtime):
-    """Leave each process a share of every weight, and gather a block's for as long as it computes (FSDP2, ZeRO-3).
-
-    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them anyway; the gradients are
-    summed in float32. What is left, the tied embedding above all, is the root's, stays float32, and is gathered once a
-    pass. Compiled is each block: the gathering around it is no part of a graph.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import, so only here
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in raw_model.transformer.h:
-        if runtime.compile:
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
-        fully_shard(block, mesh=mesh, mp_policy=policy).set_force_sum_reduction_for_comms(True)  # gloo has no average
-    fully_shard(raw_model, mesh=mesh).set_force_sum_reduction_for_comms(True)
-    return raw_model
 
 
 def wrap_model(raw_model, runtime):

@@ -1,15 +1,23 @@
-"""The benchmarks of speed at a tiny size: they run to their end, and what they write makes sense. Minutes, so slow."""
+"""The benchmarks at a tiny size: they run to their end, and what they write makes sense. Minutes, so slow."""
 
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+import fineweb
+from train_gpt2 import read_log
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import recipes  # noqa: E402
+
+pytestmark = pytest.mark.slow
 PADDING = math.log(384 / 257)  # what the demo's loss gains at the start where padding ids take part in it
 
 
@@ -103,3 +111,57 @@ def test_short_text(run_script, tmp_path):
     flags = ["--peer", ROOT, "--preset", "demo", "--source", tmp_path / "short.txt"]
     done = run_script("benchmarks/peers.py", *flags)
     assert done.returncode == 2 and "short.txt has less than 81,922 tokens" in done.stderr
+
+
+def run_recipes(run_script, tmp_path):
+    """The whole table of recipes.py at ten steps a run: its result, rows by name, and the lines of its cache."""
+    flags = ["--tokens", 20_480, "--val_tokens", 4096, "--out_dir", tmp_path]
+    done = run_script("benchmarks/recipes.py", *flags, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "recipes.json").read_text())
+    lines = (tmp_path / "recipes.jsonl").read_text().splitlines()
+    return result, {row["recipe"]: row for row in result["rows"]}, list(map(json.loads, lines))
+
+
+def test_recipes(run_script, tmp_path):
+    """Every recipe searches its rate, finalists run thrice on the same tokens, and a killed table goes on as it was."""
+    result, rows, records = run_recipes(run_script, tmp_path)
+    assert (tmp_path / "recipes.png").stat().st_size > 10_000
+    for row in rows.values():
+        assert row["searched"][str(row["lr"])] == row["search_loss"] == min(row["searched"].values())
+        rates = [float(rate) for rate in row["searched"]]
+        assert min(rates) < row["lr"] < max(rates) or len(rates) == 8
+        for share, runs in row["runs"].items():
+            assert [run["seed"] for run in runs] == [2, 3, 4] and {run["lr"] for run in runs} == {row["lr"]}
+            assert all(run["tokens"] == round(float(share) * 20_480) for run in runs)
+            assert all(run["curve"][-1] == [run["tokens"] // 2048 * 2048, run["val"]] for run in runs)
+    winner = rows[result["winner"]]
+    assert min(map(float, winner["runs"])) < 0.5 and 0 < result["tokens_ratio_to_adamw"] < 1
+    assert result["tokens_ratio_to_adamw"] == pytest.approx(sum(winner["ratio"][2]) / 3)
+    cache = (tmp_path / "recipes.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "recipes.jsonl").write_text("".join(cache[:-2]))
+    _, rows_again, again = run_recipes(run_script, tmp_path)
+    assert len(again) == len(records) and again[:-2] == records[:-2]
+    assert [record["curve"] for record in again] == [record["curve"] for record in records]
+
+
+def test_the_crossing_is_interpolated():
+    """Half way in loss is half way in the logarithm of tokens; better than all is the least share, worse is never."""
+    points = [(0.25, 3.0), (0.5, 2.0), (1, 1.0)]
+    assert recipes.crossing(points, 2.5) == pytest.approx(0.25 * 2**0.5)
+    assert recipes.crossing(points, 2.0) == 0.5 and recipes.crossing(points, 3.5) == 0.25
+    assert recipes.crossing(points, 0.9) == math.inf
+
+
+def test_the_preset_is_what_was_measured(run_script, tmp_path):
+    """The winner's recipe in the table and train_gpt2.py's preset of it must be the same training."""
+    model = "--n_layer 2 --n_head 4 --n_embd 128 --block_size 128 --seq_len 128 --no_flash --compile off".split()
+    run = "--total_batch_tokens 2048 --micro_batch 16 --lr 0.016 --max_steps 20 --warmup_steps 1 --seed 2".split()
+    quiet = "--val_tokens 4096 --sample_interval 0 --hellaswag_file none --eval_interval 100 --device cpu".split()
+    fineweb.prepare("stdlib", tmp_path / "data", "bytes", shard_tokens=100_000, max_tokens=400_000, workers=1)
+    flags = ["--preset", "gpt2-fast", *model, *run, *quiet, "--data_dir", tmp_path / "data"]
+    done = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    args = SimpleNamespace(data=tmp_path / "data", val_tokens=4096)
+    _, curve = recipes.train(recipes.RECIPES[recipes.WINNER], 0.016, 2, 20 * 2048, args)
+    assert curve[-1][1] == pytest.approx(read_log(tmp_path / "out" / "log.txt")["val"][1][-1], abs=1e-4)

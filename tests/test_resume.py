@@ -267,6 +267,24 @@ def test_other_layout_goes_on_with_the_same_batches(text_shards, run_script, tmp
     assert states[0]["loader"] == states[1]["loader"] == 40 * 8
 
 
+@pytest.mark.slow
+def test_fast_preset_on_any_layout(text_shards, run_script, tmp_path):
+    """gpt2-fast resumes to the bit, and two processes train it on the same rows, but for bfloat16's noise."""
+    flags = ["--preset", "gpt2-fast", *TINY, "--data_dir", text_shards]
+    for out, processes, more in [("whole", 1, []), ("out", 1, []), ("out", 1, ["--resume"]), ("two", 2, [])]:
+        more = [*more, "--micro_batch", 4 // processes, "--out_dir", tmp_path / out]
+        done = run_script("train_gpt2.py", *flags, *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+        if out == "out":
+            for step in (30, 40) if "--resume" not in more else ():
+                shutil.rmtree(tmp_path / out / "checkpoints" / f"step_0000{step}")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    whole, two = (read_log(tmp_path / out / "log.txt") for out in ("whole", "two"))
+    assert whole["lr"] == two["lr"] and whole["lr"][1][39] == pytest.approx(0.01 / 35)
+    assert whole["train"][1][0] == pytest.approx(two["train"][1][0], abs=1e-5)
+    assert whole["val"][1] == pytest.approx(two["val"][1], abs=5e-3)
+
+
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
@@ -573,11 +591,14 @@ def test_changed_configuration(interrupted, text_shards, capsys):
     """A run must not silently go on as another: each difference is named with the ways out, unless it was asked for."""
     flags = [*TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume"]
     log = (interrupted / "log.txt").read_text()
-    lines = error_lines(capsys, *flags, "--lr", 0.02, "--max_steps", 50, "--no_shuffle", "--n_layer", 3)
+    changes = ["--lr", 0.02, "--max_steps", 50, "--no_shuffle", "--n_layer", 3, "--schedule", "linear"]
+    lines = error_lines(capsys, *flags, *changes)
     assert [re.match(r"error: --(\w+) is (\S+), the run in \S+ has (\S+): ", line).groups() for line in lines] == [
-        ("lr", "0.02", "0.01"), ("max_steps", "50", "40"), ("n_layer", "3", "2"), ("shuffle", "False", "True")
+        ("lr", "0.02", "0.01"), ("max_steps", "50", "40"), ("n_layer", "3", "2"), ("schedule", "linear", "cosine"),
+        ("shuffle", "False", "True"),
     ]  # fmt: skip
     assert "allow it with --override lr" in lines[0] and "--override" not in lines[2]
+    assert "allow it with --override schedule" in lines[3]
     assert (
         error_lines(capsys, *flags, "--max_steps", 50, "--override", "lr", "shuffle")
         and log == (interrupted / "log.txt").read_text()

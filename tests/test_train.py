@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ from train_gpt2 import (
     PRESETS,
     DataLoaderLite,
     GPTConfig,
+    Muon,
     Runtime,
     TrainConfig,
     configure_optimizers,
@@ -150,6 +152,10 @@ def test_presets_are_consistent():
         assert {name: GPT(PRESETS[name][0]).num_params() for name in sizes} == sizes
     rates = {"gpt3-125m": 6e-4, "gpt3-350m": 3e-4, "gpt3-760m": 2.5e-4, "gpt3-1.3b": 2e-4}
     assert {name: PRESETS[name][1].lr for name in rates} == rates
+    (model, run), (fast_model, fast) = PRESETS["gpt2"], PRESETS["gpt2-fast"]
+    assert fast_model == model and fast.max_steps <= run.max_steps / 2  # the same model, in half of the tokens
+    kept = {"total_batch_tokens", "seq_len", "grad_clip", "weight_decay", "val_tokens"}
+    assert all(getattr(fast, name) == getattr(run, name) for name in kept)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +189,10 @@ def test_schedule():
     assert all(a < b for a, b in zip(rates[:714], rates[1:715]))
     assert all(a > b for a, b in zip(rates[715:], rates[716:]))
     assert get_lr(0, TrainConfig(warmup_steps=0, max_steps=0)) == pytest.approx(6e-5)
+    linear = replace(config, schedule="linear", min_lr_ratio=0.0)
+    assert get_lr(714, linear) == get_lr(715, linear) == pytest.approx(6e-4) and get_lr(19073, linear) == 0
+    falls = [get_lr(step, linear) - get_lr(step + 1, linear) for step in range(715, 19073)]
+    assert falls == pytest.approx([6e-4 / (19073 - 715)] * len(falls))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -199,6 +209,29 @@ def test_optimizer_groups(optimizer):
     if optimizer == "muon":
         muon = {id(p) for group in optimizers[1].param_groups for p in group["params"]}
         assert muon == {id(p) for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name}
+
+
+def test_muon_takes_query_key_and_value_apart():
+    """Muon is torch's, in AdamW's size, but for c_attn.weight, whose three matrices it must not mix."""
+    torch.manual_seed(0)
+    before = [torch.randn(rows, columns) for rows, columns in ((48, 16), (64, 16), (16, 64), (16, 16))]
+    ours = [nn.Parameter(weight.clone()) for weight in before]
+    theirs = [nn.Parameter(weight.clone()) for weight in (*before[0].chunk(3), *before[1:])]
+    mixed = [nn.Parameter(before[0].clone())]
+    options = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [Muon(ours, 0.1, 0.1), torch.optim.Muon(theirs, **options), torch.optim.Muon(mixed, **options)]
+    for _ in range(3):
+        gradients = [torch.randn_like(weight) * scale for weight, scale in zip(before, (1, 1e-3, 1e3, 1))]
+        for parameters, values in ((ours, gradients), (theirs, [*gradients[0].chunk(3), *gradients[1:]])):
+            for parameter, gradient in zip(parameters, values):
+                parameter.grad = gradient
+        mixed[0].grad = gradients[0]
+        for optimizer in optimizers:
+            optimizer.step()
+    theirs = [torch.cat(theirs[:3]), *theirs[3:]]
+    moved = [(a - b).norm() for a, b in zip(theirs, before)]
+    assert all((a - b).norm() < 0.05 * distance for a, b, distance in zip(ours, theirs, moved))
+    assert (mixed[0] - theirs[0]).norm() > 0.2 * moved[0]
 
 
 def test_precision_by_device():
