@@ -144,7 +144,7 @@ PRESETS = {
         GPTConfig(),
         TrainConfig(
             preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear", min_lr_ratio=0.0,
-            max_steps=9537, warmup_steps=358,
+            max_steps=9536, warmup_steps=358,
         ),
     ),
     "gpt2-medium": (
