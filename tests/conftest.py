@@ -41,6 +41,21 @@ def run_script():
     return run
 
 
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """main(module, flags) -> (exit code, stdout, stderr) of a script's main, in this process."""
+
+    def call(module, flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        try:
+            code = module.main() or 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def make_shards():
     """make_shards(folder, {"val": [tokens], "train": [tokens, tokens]}) -> the folder, without a manifest."""

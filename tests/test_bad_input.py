@@ -41,21 +41,6 @@ def data(tmp_path, make_shards):
     return make_shards(tmp_path / "data", {"val": [tokens[:300]], "train": [tokens[300:600], tokens[600:]]})
 
 
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """main(module, flags) -> (exit code, stdout, stderr) of a script's main, in this process."""
-
-    def call(module, flags):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        try:
-            code = module.main() or 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def the_error(ended, *parts, stdout=""):
     """Assert exit code 2 and one line on stderr that holds the parts; stdout=None: whatever it printed before."""
     code, out, err = ended

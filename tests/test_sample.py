@@ -25,28 +25,31 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def test_samples_of_the_newest_checkpoint(run_folder, run_script):
+def test_samples_of_the_newest_checkpoint(run_folder, main):
     """An output folder means its newest complete checkpoint; the seed fixes the samples, past block_size too."""
-    flags = ["--prompt", "héllo", "--num_samples", 2, "--max_new_tokens", 50, "--device", "cpu"]
-    newest = run_script("sample.py", "--model", run_folder, *flags)
-    assert newest.returncode == 0, newest.stderr
-    assert newest.stdout.count("--- sample") == newest.stdout.count("\nhéllo") == 2
-    named = run_script("sample.py", "--model", run_folder / "checkpoints" / "step_000010", *flags)
-    older = run_script("sample.py", "--model", run_folder / "checkpoints" / "step_000002", *flags)
-    assert named.stdout == newest.stdout != older.stdout
-    greedy = run_script("sample.py", "--model", run_folder, *flags, "--temperature", 0)
-    likeliest = run_script("sample.py", "--model", run_folder, *flags, "--top_p", 1e-6)
-    assert likeliest.stdout == greedy.stdout != newest.stdout
+
+    def text(folder, *more):
+        flags = ["--prompt", "héllo", "--num_samples", 2, "--max_new_tokens", 50, "--device", "cpu"]
+        code, stdout, stderr = main(sample, ["--model", folder, *flags, *more])
+        assert (code, stderr) == (0, "")
+        return stdout
+
+    newest = text(run_folder)
+    assert newest.count("--- sample") == newest.count("\nhéllo") == 2
+    older, named = (text(run_folder / "checkpoints" / step) for step in ("step_000002", "step_000010"))
+    assert named == newest != older
+    greedy = text(run_folder, "--temperature", 0)
+    assert text(run_folder, "--top_p", 1e-6) == greedy != newest
 
 
-def test_a_folder_without_tokenizer_means_gpt2(shared_data, run_script, tmp_path):
+def test_a_folder_without_tokenizer_means_gpt2(shared_data, main, tmp_path):
     """Folders of other programs often hold weights alone: with GPT-2's 50,257 ids their tokenizer is known."""
     GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
-    done = run_script("sample.py", "--model", tmp_path / "gpt2", "--max_new_tokens", 3, "--device", "cpu")
-    assert done.returncode == 0 and done.stdout.count("Hello, I'm a language model,") == 4
+    code, stdout, _ = main(sample, ["--model", tmp_path / "gpt2", "--max_new_tokens", 3, "--device", "cpu"])
+    assert code == 0 and stdout.count("Hello, I'm a language model,") == 4
     GPT(GPTConfig(block_size=16, vocab_size=300, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "other")
-    done = run_script("sample.py", "--model", tmp_path / "other", "--device", "cpu")
-    assert done.returncode == 2 and "no tokenizer files" in done.stderr
+    code, _, stderr = main(sample, ["--model", tmp_path / "other", "--device", "cpu"])
+    assert code == 2 and "no tokenizer files" in stderr
 
 
 @pytest.mark.parametrize(
@@ -60,31 +63,31 @@ def test_a_folder_without_tokenizer_means_gpt2(shared_data, run_script, tmp_path
         (["--top_p", "0"], "--top_p"),
     ],
 )
-def test_mistakes_are_one_line(run_folder, run_script, flags, reason):
+def test_mistakes_are_one_line(run_folder, main, flags, reason):
     """A wrong model or flag ends in one line that names it and code 2."""
-    done = run_script("sample.py", "--model", run_folder, *flags, HF_HUB_OFFLINE="1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and reason in done.stderr and len(done.stderr.splitlines()) == 1
+    code, stdout, stderr = main(sample, ["--model", run_folder, *flags])
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("error: ") and reason in stderr and len(stderr.splitlines()) == 1
 
 
-def test_a_broken_tokenizer_is_named(run_folder, run_script, tmp_path):
+def test_a_broken_tokenizer_is_named(run_folder, main, tmp_path):
     """A cut tokenizer.json ends in one line, too."""
     shutil.copytree(run_folder / "checkpoints" / "step_000010", tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{")
-    done = run_script("sample.py", "--model", tmp_path / "model", "--device", "cpu")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "tokenizer" in done.stderr
+    code, _, stderr = main(sample, ["--model", tmp_path / "model", "--device", "cpu"])
+    assert code == 2 and len(stderr.splitlines()) == 1 and "tokenizer" in stderr
 
 
-def test_prompts_from_files(run_folder, tmp_path):
+def test_prompts_from_files(run_folder, main, tmp_path):
     """A file, and standard input as -, mean the same as the flag; the line break at their end is not of the prompt."""
     (tmp_path / "prompt").write_text("héllo\n", encoding="utf-8")
-    command = [sys.executable, ROOT / "sample.py", "--model", run_folder, "--max_new_tokens", "9", "--device", "cpu"]
-    texts = []
-    for flags in (["--prompt", "héllo"], ["--prompt_file", tmp_path / "prompt"], ["--prompt_file", "-"]):
-        done = subprocess.run([*command, *flags], input="héllo\n".encode(), capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-        texts.append(done.stdout)
-    assert texts[0] == texts[1] == texts[2] and "\nhéllo".encode() in texts[0]
+    flags = ["--model", run_folder, "--max_new_tokens", "9", "--device", "cpu"]
+    expected = main(sample, [*flags, "--prompt", "héllo"])
+    assert expected[0] == 0 and "\nhéllo" in expected[1]
+    assert main(sample, [*flags, "--prompt_file", tmp_path / "prompt"]) == expected
+    command = [sys.executable, ROOT / "sample.py", *flags, "--prompt_file", "-"]
+    done = subprocess.run(command, input="héllo\n".encode(), capture_output=True)
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == expected
 
 
 def test_text_is_shown_as_it_comes(capsys):
@@ -111,12 +114,12 @@ def test_a_reader_who_has_had_enough(run_folder):
     assert (done.stdout, done.stderr) == ("--- sample 0\n", "")
 
 
-def test_int8_weights(run_folder, run_script):
+def test_int8_weights(run_folder, main):
     """--int8 keeps the blocks' matrices in a quarter of the memory, and the logits within a few hundredths."""
     pytest.importorskip("torchao")
     flags = ["--model", run_folder, "--max_new_tokens", 20, "--device", "cpu"]
-    samples = [run_script("sample.py", *flags, *int8) for int8 in ([], ["--int8"])]
-    assert samples[1].returncode == 0 and samples[1].stdout != samples[0].stdout, samples[1].stderr
+    (_, text, _), (code, text8, stderr) = (main(sample, [*flags, *int8]) for int8 in ([], ["--int8"]))
+    assert (code, stderr) == (0, "") and text8 != text
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=64))
     ids = torch.randint(0, 257, (2, 32))
