@@ -6,14 +6,15 @@ Fewer tokens: recipes for one and the same GPT-2, held against the AdamW default
 
 The demo's model on the source of Python's standard library, in bytes; less than one epoch. Model, rows of text, batch,
 clipping and the tokens of the validation loss (whole files, of which no run trains on any) are the same for all. Each
-recipe searches its own rate, by factors of two and with a seed of its own, on half of the budget (the default on all of
-it) until the best rate is inside of what was tried. Those that are worth it then run with three other seeds.
+recipe searches its own rate, by factors of two and with a seed of its own, on half of the budget (AdamW on all of it)
+until the best rate is inside of what was tried. The AdamW whose loss is the target is searched by factors of the square
+root of two, too, and at other warmups. Those that are worth it then run with three other seeds.
 
 What the winner saves is not read off its curve: a schedule ends where its budget ends, and a curve says nothing of a
 run that had planned for less. So the winner runs anew with smaller budgets, its whole schedule pressed into each, and
 its final losses are interpolated, in the logarithm of tokens, to where they meet the default's final loss. Every run
-is appended to OUT_DIR/recipes.jsonl as it ends, so that a killed program goes on where it was; one thread, so that it
-is repeatable. Writes recipes.json, .md and .png.
+is appended to OUT_DIR/recipes.jsonl as it ends, so that a killed program goes on where it was (delete that file after
+a change of the code); one thread, so that it is repeatable. Writes recipes.json, .md and .png.
 """
 
 import argparse
@@ -38,10 +39,10 @@ from train_gpt2 import (
     GPT,
     PRESETS,
     DataLoaderLite,
+    Muon,
     Runtime,
     configure_optimizers,
     get_lr,
-    orthogonalize,
     pick_dtype,
     validation_loss,
 )
@@ -51,7 +52,7 @@ T, BATCH_ROWS = 128, 16
 WARMUP = FAITHFUL.warmup_steps / FAITHFUL.max_steps  # the same share of a run as in the 10B tokens of the lecture's
 SEARCH_SEED, SEEDS = 1, (2, 3, 4)
 COLUMNS = {
-    "recipe": ("recipe", ""), "what it changes": ("says", ""), "rates tried": ("rates", ""), "best": ("lr", "g"),
+    "recipe": ("recipe", ""), "what it changes": ("says", ""), "rates tried": ("rates", ""), "best": ("lr", ".4g"),
     "loss of the search": ("search_loss", ".4f"), "loss, three seeds": ("loss", ""),
     "difference": ("difference", "+.4f"), "share of the default's tokens": ("tokens", ""),
 }  # fmt: skip
@@ -70,38 +71,10 @@ def stable_then(decay):
     return schedule
 
 
-class Muon(torch.optim.Optimizer):
-    """train_gpt2.py's Muon with all matrices of one shape in one batch, and what that lacks, each by a flag.
+class ShorterMuon(Muon):
+    """Momentum over ten steps in place of twenty."""
 
-    neurons: each row of an update is divided by its running root mean square, and the whole scaled back to the size
-    that it had (NorMuon, Li et al. 2025).
-    """
-
-    def __init__(self, params, lr, weight_decay, neurons=False, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.neurons, self.momentum = neurons, momentum
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            batches = {}  # {shape of a piece: [(the piece of the weight, its update, its rows' mean squares)]}
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum"], state["square"] = torch.zeros_like(weight), torch.zeros_like(weight[:, :1])
-                update = weight.grad.lerp(state["momentum"].lerp_(weight.grad, 1 - self.momentum), self.momentum)
-                pieces = 3 if weight.size(0) == 3 * weight.size(1) else 1
-                for piece in zip(*(tensor.chunk(pieces) for tensor in (weight, update, state["square"]))):
-                    batches.setdefault(piece[0].shape, []).append(piece)
-            for shape, pieces in batches.items():
-                updates = orthogonalize(torch.stack([update for _, update, _ in pieces]))
-                for (weight, _, square), update in zip(pieces, updates):
-                    if self.neurons:
-                        square.lerp_(update.square().mean(dim=1, keepdim=True), 0.05)
-                        scaled = update / (square.sqrt() + 1e-8)
-                        update = scaled * (update.norm() / scaled.norm())
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.sub_(update, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
+    momentum = 0.9
 
 
 def nothing(*_):
@@ -145,34 +118,28 @@ class Recipe:
 MUON = {"optimizer": "muon"}
 TORCH_MUON = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
 TO_ZERO = {"schedule": "linear", "min_lr_ratio": 0.0}
-LINEAR = Recipe("torch's Muon, linear to 0", MUON | TO_ZERO, muon=TORCH_MUON)
-BASE = Recipe("query, key and value apart, same shapes in one batch, linear to 0", MUON | TO_ZERO, muon=Muon)
+FAST = Recipe("the gpt2-fast preset's: query, key and value apart, linear to 0", MUON | TO_ZERO)
 DEFAULT, WINNER, TEACHER_RATE = "adamw-warmup0.25", "fast", 0.012
 RECIPES = {
     "adamw": Recipe("the gpt2 preset's: AdamW, cosine to 0.1", guess=0.002, budgets=(1,)),
     "adamw-warmup0.1": Recipe("AdamW, a tenth of the steps to warm up", warmup=0.1, guess=0.002),
     "adamw-warmup0.25": Recipe("AdamW, a quarter of the steps to warm up", warmup=0.25, guess=0.002, budgets=(1,)),
+    "adamw-warmup0.5": Recipe("AdamW, half of the steps to warm up", warmup=0.5, guess=0.008),
     "muon": Recipe("torch's Muon, cosine to 0.1", MUON, muon=TORCH_MUON, budgets=(1,)),
     "muon-cosine0": Recipe("torch's Muon, cosine to 0", MUON | {"min_lr_ratio": 0.0}, muon=TORCH_MUON),
-    "fast": Recipe(
-        "the gpt2-fast preset's: query, key and value apart, linear to 0",
-        MUON | TO_ZERO,
-        budgets=(0.25, 0.33, 0.4, 0.5, 1),
-    ),  # fmt: skip
-    "muon-linear0": LINEAR,
-    "muon-qkv": BASE,
-    "warmup0.1": replace(BASE, says="a tenth of the steps to warm up", warmup=0.1),
-    "wsd": replace(BASE, says="warmup, stable, linear to 0 in the last 0.4", schedule=stable_then(0.4)),
-    "neurons": replace(BASE, says="NorMuon", muon=partial(Muon, neurons=True)),
-    "decay0.3": replace(BASE, says="weight decay 0.3", config=LINEAR.config | {"weight_decay": 0.3}),
-    "wpe0.01": replace(BASE, says="wpe drawn with 0.01", init=small_positions),
-    "zero-init": replace(BASE, says="projections start at 0", init=zero_projections),
-    "adam-rate0.3": replace(BASE, says="AdamW's rate x 0.3", adamw=set_groups(rate=0.3)),
-    "adam-rate3": replace(BASE, says="AdamW's rate x 3", adamw=set_groups(rate=3.0)),
-    "momentum0.9": replace(BASE, says="momentum 0.9", muon=partial(Muon, momentum=0.9)),
-    "ramp": replace(BASE, says="batch from an eighth, in 0.3 of the run", ramp=0.3),
-    "distilled": replace(BASE, says="half of the loss: divergence from a teacher of 192 channels", teacher=0.5),
-    "whole-rows": replace(BASE, says="rows begin at a file's start", whole_rows=True),
+    "muon-linear0": Recipe("torch's Muon, linear to 0", MUON | TO_ZERO, muon=TORCH_MUON),
+    "fast": replace(FAST, budgets=(0.25, 0.33, 0.4, 0.5, 1)),
+    "warmup0.1": replace(FAST, says="a tenth of the steps to warm up", warmup=0.1),
+    "wsd": replace(FAST, says="warmup, stable, linear to 0 in the last 0.4", schedule=stable_then(0.4)),
+    "decay0.3": replace(FAST, says="weight decay 0.3", config=FAST.config | {"weight_decay": 0.3}),
+    "wpe0.01": replace(FAST, says="wpe drawn with 0.01", init=small_positions),
+    "zero-init": replace(FAST, says="projections start at 0", init=zero_projections),
+    "adam-rate0.3": replace(FAST, says="AdamW's rate x 0.3", adamw=set_groups(rate=0.3)),
+    "adam-rate3": replace(FAST, says="AdamW's rate x 3", adamw=set_groups(rate=3.0)),
+    "momentum0.9": replace(FAST, says="momentum 0.9", muon=ShorterMuon),
+    "ramp": replace(FAST, says="batch from an eighth, in 0.3 of the run", ramp=0.3),
+    "distilled": replace(FAST, says="half of the loss: divergence from a teacher of 192 channels", teacher=0.5),
+    "whole-rows": replace(FAST, says="rows begin at a file's start", whole_rows=True),
 }
 
 
@@ -260,7 +227,7 @@ def train(recipe, lr, seed, tokens, args, teacher=None):
 
 def get_teacher(args):
     """The larger model, trained the first time that it is asked for, on three times the default's tokens."""
-    path, recipe = args.out_dir / "recipes_teacher.pt", replace(BASE, model={"n_embd": 192})
+    path, recipe = args.out_dir / "recipes_teacher.pt", replace(FAST, model={"n_embd": 192})
     if not path.exists():
         model, curve = train(recipe, TEACHER_RATE, SEARCH_SEED, 3 * args.tokens, args)
         print(f"teacher: {curve[-1][1]:.4f}", file=sys.stderr, flush=True)
@@ -294,6 +261,8 @@ def search_rate(name, args):
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)) and len(losses) < 8:
         lr = best / 2 if best == min(losses) else best * 2
         losses[lr] = cached(name, lr, SEARCH_SEED, tokens, args)["val"]
+    for lr in (best / 2**0.5, best * 2**0.5) if name == DEFAULT else ():  # the target is its loss: search more finely
+        losses[lr] = cached(name, lr, SEARCH_SEED, tokens, args)["val"]
     return dict(sorted(losses.items()))
 
 
@@ -302,7 +271,7 @@ def run_recipe(name, args):
     searched = search_rate(name, args)
     lr = min(searched, key=searched.get)
     row = {"recipe": name, "says": RECIPES[name].says, "lr": lr, "searched": searched, "search_loss": searched[lr]}
-    row["rates"] = ", ".join(f"{rate:g}" for rate in searched)
+    row["rates"] = ", ".join(f"{rate:.4g}" for rate in searched)
     row["runs"] = {
         share: [cached(name, lr, seed, round(share * args.tokens), args) for seed in SEEDS]
         for share in RECIPES[name].budgets
@@ -323,12 +292,16 @@ def crossing(points, target):
 
 
 def tokens_ratio(row, default):
-    """Mean and spread over the seeds of the tokens that a recipe needs for the default's loss, as a share of its."""
+    """Mean and spread over the seeds of the tokens that a recipe needs for the default's loss, as a share of its.
+
+    inf where a seed's loss stays above; no spread then.
+    """
     shares = []
     for i in range(len(SEEDS)):
         points = sorted((share, runs[i]["val"]) for share, runs in row["runs"].items())
         shares.append(crossing(points, default["runs"][1][i]["val"]))
-    return [statistics.mean(shares), statistics.stdev(shares), shares]
+    spread = statistics.stdev(shares) if max(shares) < math.inf else math.inf
+    return [statistics.mean(shares), spread, shares]
 
 
 def draw(default, winner):
@@ -381,8 +354,9 @@ def main():
     for row in rows.values():
         if row["runs"]:
             row["difference"] = row["losses"][1][0] - default["losses"][1][0]
+        if len(row["runs"]) > 1:
             row["ratio"] = tokens_ratio(row, default)
-            row["tokens"] = "{:.3f} ± {:.3f}".format(*row["ratio"]) if len(row["runs"]) > 1 else None
+            row["tokens"] = "{:.3f} ± {:.3f}".format(*row["ratio"])
     _, about = describe(args)
     curve = [(tokens / args.tokens, loss) for tokens, loss in winner["runs"][1][0]["curve"]]
     records = list(map(json.loads, args.cache.read_text().splitlines()))
@@ -392,7 +366,7 @@ def main():
         "default": f"{DEFAULT}: the gpt2 preset's recipe with its rate and its warmup tuned",
         "beside the preset's own warmup": f"{tokens_ratio(winner, rows['adamw'])[0]:.3f}",
         "read off the winner's curve with the whole budget": f"{crossing(curve, default['runs'][1][0]['val']):.3f}",
-        "budget": f"{args.tokens:,} tokens in steps of {BATCH_ROWS} rows x {T}, less than one epoch; half for searches",
+        "budget": f"{args.tokens:,} tokens in steps of {BATCH_ROWS} rows x {T}; half of it for searches but AdamW's",
         "validation": f"the same {args.val_tokens:,} tokens of whole files",
         "seeds": f"{SEARCH_SEED} for the searches, then {SEEDS}; ± is the standard deviation over these",
         "time": f"{len(records)} runs, {sum(record['seconds'] for record in records) / 3600:.1f} hours of one thread",
