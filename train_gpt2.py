@@ -609,9 +609,9 @@ class DataLoaderLite:
 def shard_model(raw_model, runtime):
     """Leave each process a share of every weight, and gather a block's for as long as it computes (FSDP2, ZeRO-3).
 
-    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them anyway; the gradients are
-    summed in float32. What is left, the tied embedding above all, is the root's, stays float32, and is gathered once a
-    pass. Compiled is each block: the gathering around it is no part of a graph.
+    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them anyway, but for those of the
+    layer norms; the gradients are summed in float32. What is left, the tied embedding above all, is the root's, stays
+    float32, and is gathered once a pass. Compiled is each block: the gathering around it is no part of a graph.
     """
     from torch.distributed.device_mesh import init_device_mesh  # these take a second to import, so only here
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -638,7 +638,8 @@ def shard_like(parameter, value):
         return value
     from torch.distributed.tensor import distribute_tensor  # takes a second to import, so only here
 
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
+    shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return shard.clone()  # it was a view, which would keep the whole tensor alive
 
 
 def whole_model(raw_model):
@@ -647,7 +648,9 @@ def whole_model(raw_model):
         return raw_model
     with torch.device("meta"):
         whole = GPT(raw_model.config)
-    whole.load_state_dict({name: gather(shard) for name, shard in raw_model.state_dict().items()}, assign=True)
+    shards = raw_model.state_dict()
+    del shards["lm_head.weight"]  # tied to wte: gathered once
+    whole.load_state_dict({name: gather(shard) for name, shard in shards.items()}, strict=False, assign=True)
     whole.lm_head.weight = whole.transformer.wte.weight
     return whole.eval()
 
@@ -1376,7 +1379,8 @@ def pick_micro_batch(raw_model, config, runtime):
         failed = runtime.device.type == "cuda" and not fits_in_memory(raw_model, size, config.seq_len, runtime)
         if not runtime.any_rank(failed):
             return size
-    raise ConfigError(f"not one row of --seq_len {config.seq_len} fits in this GPU's memory: shorten it, or --n_layer")
+    hint = "give --micro_batch, for what was tried was not in shards yet" if config.fsdp else "shorten it, or --n_layer"
+    raise ConfigError(f"not one row of --seq_len {config.seq_len} fits in this GPU's memory: {hint}")
 
 
 def fits_in_memory(raw_model, B, T, runtime):
@@ -1452,13 +1456,12 @@ def evaluate(step, run, config, runtime):
     run.raw_model.eval()  # without dropout, and so model, which shares its modules
     evaluates = step % config.eval_interval == 0 or last_step
     samples = step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step)
-    raw_model = whole_model(run.raw_model) if samples or (evaluates and run.hellaswag_rows) else None
     if evaluates:
         times = [time.perf_counter()]
         results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
         times.append(time.perf_counter())
         if run.hellaswag_rows:
-            results["hella"] = hellaswag_accuracy(raw_model, run.hellaswag_rows, runtime)
+            results["hella"] = hellaswag_accuracy(whole_model(run.raw_model), run.hellaswag_rows, runtime)
             times.append(time.perf_counter())
         parts = [
             f"{name}: {value:.4f} ({b - a:.1f} s)" for (name, value), a, b in zip(results.items(), times, times[1:])
@@ -1469,8 +1472,10 @@ def evaluate(step, run, config, runtime):
             with suppress(OSError):  # of a full disk, which the log has named
                 figure = draw_curve({"": read_log(run.log.path)}, fineweb.read_manifest(config.data_dir))
                 figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
-    if runtime.rank == 0 and samples:
-        print_samples(raw_model, run.encoding, config, runtime)
+    if samples:
+        whole = whole_model(run.raw_model)  # all processes gather it, and one draws
+        if runtime.rank == 0:
+            print_samples(whole, run.encoding, config, runtime)
     run.raw_model.train()
 
 
@@ -1692,7 +1697,7 @@ def machine_errors(config, world_size):
         errors.append("an Apple GPU serves one process: start with python, or give --device cpu")
     if config.fsdp and world_size == 1:
         errors.append("--fsdp is for several processes: start them with torchrun --nproc_per_node, or leave it out")
-    if config.fsdp and pick_dtype(config.dtype, device_type) == torch.float16:
+    if config.fsdp and not errors and pick_dtype(config.dtype, device_type) == torch.float16:
         errors.append("--fsdp cannot scale float16's gradients: give --dtype bfloat16 or float32")
     if config.dtype == "float16" and device_type != "cuda":
         errors.append(f"--dtype float16 needs an NVIDIA GPU, this run is on {device_type}: give --dtype float32")
