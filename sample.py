@@ -42,9 +42,27 @@ def run(
         top_k: how many of the likeliest tokens to draw from
         top_p: draw from the likeliest of these that together have this probability (1 for all)
         seed: of the draw; the same seed gives the same samples
-        int8: keep the weights of the matrices in 8 bits; needs pip install torchao
+        int8: keep the weights of the matrices in 8 bits: about half the memory, slower on a CPU; needs torchao
         device: auto, cuda, mps or cpu; auto is the first of these that is here
     """
+    check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed)
+    prompt = prompt if prompt_file is None else read_prompt(prompt_file)
+    check_prompt(prompt)
+    name = hellaswag.newest_checkpoint(model)
+    device = hellaswag.pick_device(device)
+    gpt = GPT.from_pretrained(name).to(device).eval()
+    if not all(parameter.isfinite().all() for parameter in gpt.parameters()):
+        raise ConfigError(f"--model {model}: its weights are not all finite, take an earlier checkpoint")
+    if int8:
+        quantize(gpt)
+    encode, decode = hellaswag.load_tokenizer(name, gpt.config.vocab_size)
+    ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)
+    generator = torch.Generator(device).manual_seed(seed)
+    show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode)
+
+
+def check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed):
+    """Raise ConfigError with a line for each that is out of its range."""
     counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
     errors = [f"--{name} is {value}: it must be above 0" for name, value in counts.items() if value < 1]
     if not 0 <= temperature < math.inf:
@@ -55,54 +73,55 @@ def run(
         errors.append(f"--seed is {seed}: it must be from 0 to 2**64 - 1")
     if errors:
         raise ConfigError("\n".join(errors))
-    prompt = read_prompt(prompt_file) if prompt_file else prompt
+
+
+def check_prompt(prompt):
+    """Raise ConfigError for one that no tokenizer can read."""
     if not prompt:
         raise ConfigError("the prompt is empty: samples need something to begin with (--prompt, --prompt_file)")
-    name = hellaswag.newest_checkpoint(model)
-    device = hellaswag.pick_device(device)
-    gpt = GPT.from_pretrained(name).to(device).eval()
-    if int8:
-        quantize(gpt)
-    encode, decode = hellaswag.load_tokenizer(name, gpt.config.vocab_size)
-    ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)
-    generator = torch.Generator(device).manual_seed(seed)
-    show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # the shell passed bytes that are no text
+        raise ConfigError("--prompt is not UTF-8 text") from None
 
 
 def read_prompt(path):
-    """The text of a file, or of standard input for -. Raises ConfigError."""
+    """The UTF-8 text of a file, or of standard input for -. Raises ConfigError."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ConfigError(f"--prompt_file {path}: {reason}") from error
-    return text.rstrip("\n")  # an editor's, or echo's
+    return text.removesuffix("\n")  # an editor's, or echo's
 
 
 def quantize(gpt):
     """Keep the weights of gpt's linear layers as 8-bit integers, with a scale for each row. Raises ConfigError."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        mend = "pip install torchao"
+
+        config = Int8WeightOnlyConfig(version=2)
+    except (ImportError, TypeError) as error:  # none, or one older than its version 2
+        mend = "pip install -U torchao"
         raise ConfigError(f"--int8 needs torchao ({hellaswag.one_line(error)}): {mend}") from error
-    quantize_(gpt, Int8WeightOnlyConfig(version=2))  # the token embedding itself stays: a row of it is read for a token
+    quantize_(gpt, config)  # the token embedding itself stays: a row of it is read for a token
 
 
 def show(ids, stream, decode):
     """Print the rows of ids (B, T) and what the stream appends, (B, 1) at a time: the first row as it grows."""
     print("--- sample 0")
-    waiting = ids[0].tolist()
+    shown = ""
     for next_ids in stream:
-        text = decode(waiting)
+        text = decode(ids[0].tolist())  # all of it: how a token reads may depend on the one before
         if not text.endswith("\ufffd"):  # as the first bytes of a character do, until the rest has come
-            print(text, end="", flush=True)
-            waiting = []
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
         ids = torch.cat((ids, next_ids), dim=1)
-        waiting += next_ids[0].tolist()
-    print(decode(waiting))
-    for i, row in enumerate(ids[1:].tolist(), start=1):
-        print(f"--- sample {i}\n{decode(row)}")
+    first, *others = map(decode, ids.tolist())
+    print(first[len(shown) :])
+    for i, text in enumerate(others, start=1):
+        print(f"--- sample {i}\n{text}")
 
 
 def main():
@@ -114,6 +133,9 @@ def main():
         sys.stdout.flush()
     except (ConfigError, hellaswag.HellaSwagError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: give fewer --num_samples", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

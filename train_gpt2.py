@@ -241,7 +241,7 @@ class CausalSelfAttention(nn.Module):
             visible = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device) if mask is None else mask
             visible = visible.tril() if causal else visible
             hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, float("-inf"))
-            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5 + hidden  # (B, nh, T, T)
+            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5 + hidden  # (B, nh, T, T with the cache's)
             y = F.dropout(F.softmax(scores, dim=-1), dropout) @ v  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -422,7 +422,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 next_id = ids[:, :1]
             else:
-                probabilities = F.softmax(likeliest / temperature, dim=-1)
+                probabilities = F.softmax(likeliest / max(temperature, 1e-6), dim=-1)  # below, it might overflow
                 if top_p < 1:
                     likelier = probabilities.cumsum(-1) - probabilities  # the probability of all ids before each
                     probabilities = probabilities.masked_fill(likelier >= top_p, 0)
@@ -446,7 +446,9 @@ class GPT(nn.Module):
             options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
             hf_model, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
         except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
-            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {hellaswag.one_line(error)}") from None
+            hint = "give a Hub name, a Hugging Face GPT-2 folder or a checkpoint's folder"
+            reason = hellaswag.one_line(error)
+            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason} ({hint})") from None
         lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
         if lacking:
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
@@ -995,15 +997,15 @@ class Log:
             id_file.write_text(os.urandom(4).hex())
         options = {"id": id_file.read_text()} if config.tracker == "wandb" else {}  # trackio knows a run by its name
         options |= {"name": f"{self.path.absolute().parent.name}-{id_file.read_text()}", "resume": "allow"}
-        self.tracker = importlib.import_module(config.tracker)
+        self.tracker = config.tracker
         self.track("init", project="gpt2", config={**asdict(model_config), **asdict(config)}, **options)
 
     def track(self, function, *values, **options):
         """Call a function of the tracker, if there is one. Where it fails, training goes on without it."""
         try:
             if self.tracker:
-                getattr(self.tracker, function)(*values, **options)
-        except Exception as error:  # of the network and of the tracker, each in its own way
+                getattr(importlib.import_module(self.tracker), function)(*values, **options)
+        except Exception as error:  # of its import, its network and itself, each in its own way
             print(f"warning: on without the tracker: {hellaswag.one_line(error)}", file=sys.stderr, flush=True)
             self.tracker = None
 
@@ -1483,7 +1485,8 @@ def load_model(model_config, encoding, config):
     """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
-    model = GPT.from_pretrained(config.init_from, model_config.flash, model_config.dropout)
+    folder = hellaswag.newest_checkpoint(config.init_from)  # of an output folder; any other name as it is
+    model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout)
     if model.config.vocab_size != encoding.n_vocab:
         raise ConfigError(
             f"--init_from {config.init_from} knows {model.config.vocab_size} ids, the shards of {config.data_dir} have "

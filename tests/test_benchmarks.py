@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fineweb
-from train_gpt2 import read_log
+from train_gpt2 import GPT, GPTConfig, read_log, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -81,6 +81,29 @@ def test_peers(run_script, tmp_path):
     assert (
         min(peer_compiled["first_step_seconds"], ours_compiled["first_step_seconds"]) > ours["first_step_seconds"] + 1
     )
+
+
+def test_inference(run_script, tmp_path):
+    """One layer of each program, a few tokens: what the table says follows from what was timed and counted."""
+    if "GPT2_PEER" not in os.environ:
+        pytest.skip("GPT2_PEER names no checkout of build-nanogpt")
+    fineweb.prepare("stdlib", tmp_path / "data", "bytes", shard_tokens=20_000, max_tokens=40_000, workers=1)
+    shape = GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
+    save_checkpoint(tmp_path / "log", GPT(shape), fineweb.get_encoding("bytes"), {"step": 1})
+    flags = ["--peer", os.environ["GPT2_PEER"], "--trained", tmp_path / "log", "--data", tmp_path / "data"]
+    flags += ["--n_layer", 1, "--max_new_tokens", 16, "--repetitions", 1, "--rows", 4, "--out_dir", tmp_path]
+    done = run_script("benchmarks/inference.py", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "inference_cpu.json").read_text())
+    peer, theirs, ours, *others = result["rows"]
+    assert peer["to_peer"] == theirs["to_transformers"] == 1 and len(others) == 5
+    assert ours["to_peer"] == pytest.approx(peer["milliseconds"] / ours["milliseconds"])
+    block, head = 12 * 768**2 + 9 * 768, 50304 * 768
+    assert ours["megabytes"] == pytest.approx(4e-6 * (block + head + 1024 * 768), rel=0.001)
+    rate = float(result["floor"].split(" at ")[1].split()[0]) * 1e9
+    read = ours["of_floor"] * ours["milliseconds"] / 1e3 * rate
+    assert read == pytest.approx(4 * (block + head), rel=0.01)
+    assert all(abs(row["loss_change"]) < 0.05 for row in others) and ours["loss_change"] == 0
 
 
 def test_peers_refuses_another_script(run_script, tmp_path):

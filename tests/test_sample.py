@@ -1,10 +1,14 @@
+import math
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import fineweb
 import sample
@@ -59,6 +63,8 @@ def test_a_folder_without_tokenizer_means_gpt2(shared_data, main, tmp_path):
         (["--prompt", ""], "--prompt"),
         (["--prompt_file", "/nowhere/prompt"], "/nowhere/prompt"),
         (["--prompt_file", sys.executable], "UTF-8"),
+        (["--prompt_file", ""], "--prompt_file"),
+        (["--prompt", "a\udcff"], "--prompt is not UTF-8 text"),  # how Python passes on a byte that is no text
         (["--top_k", "0"], "--top_k"),
         (["--top_p", "0"], "--top_p"),
     ],
@@ -68,6 +74,15 @@ def test_mistakes_are_one_line(run_folder, main, flags, reason):
     code, stdout, stderr = main(sample, ["--model", run_folder, *flags])
     assert (code, stdout) == (2, "")
     assert stderr.startswith("error: ") and reason in stderr and len(stderr.splitlines()) == 1
+
+
+def test_weights_that_are_not_finite_are_named(main, tmp_path):
+    """Sampling from them would end in an assertion of torch's."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    model.transformer.ln_f.weight.data[0] = math.nan
+    save_checkpoint(tmp_path, model, fineweb.get_encoding("bytes"), {"step": 1})
+    code, _, stderr = main(sample, ["--model", tmp_path, "--device", "cpu"])
+    assert code == 2 and "its weights are not all finite" in stderr and len(stderr.splitlines()) == 1
 
 
 def test_a_broken_tokenizer_is_named(run_folder, main, tmp_path):
@@ -86,8 +101,12 @@ def test_prompts_from_files(run_folder, main, tmp_path):
     assert expected[0] == 0 and "\nhéllo" in expected[1]
     assert main(sample, [*flags, "--prompt_file", tmp_path / "prompt"]) == expected
     command = [sys.executable, ROOT / "sample.py", *flags, "--prompt_file", "-"]
-    done = subprocess.run(command, input="héllo\n".encode(), capture_output=True)
-    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == expected
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:replace"}
+    done = subprocess.run(command, input="héllo\r\n".encode(), capture_output=True, env=os.environ | plain)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+    assert done.stdout.decode() == expected[1].encode("ascii", "replace").decode()  # a terminal of ASCII
+    done = subprocess.run(command, input=b"a\xff", capture_output=True)
+    assert done.returncode == 2 and b"--prompt_file -: it is not UTF-8 text" in done.stderr
 
 
 def test_text_is_shown_as_it_comes(capsys):
@@ -104,6 +123,34 @@ def test_text_is_shown_as_it_comes(capsys):
     seen.append(capsys.readouterr().out)
     assert seen[0] == "--- sample 0\n" and seen[1] == ">" and seen[2:6] == ["n", "a", "", "ï"]
     assert "".join(seen) == f"--- sample 0\n>{text}\n--- sample 1\n<{'x' * len(text.encode())}\n"
+
+
+@pytest.mark.parametrize("kind", ["Metaspace", "WordPiece"])
+def test_words_that_read_otherwise_behind_others(kind, main, tmp_path):
+    """Words that lose a space, or ##, at the front of a text: shown as it grows, it must read as a whole does."""
+    words = {"▁the": 0, "▁quick": 1, "the": 2, "quick": 3, "##ly": 4, "[UNK]": 5}
+    model = tokenizers.models.WordPiece(words, unk_token="[UNK]")
+    tokenizer, parts = tokenizers.Tokenizer(model), getattr(tokenizers.pre_tokenizers, kind, None)
+    tokenizer.pre_tokenizer = parts() if parts else tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.decoder = getattr(tokenizers.decoders, kind)()
+    GPT(GPTConfig(block_size=64, vocab_size=6, n_layer=1, n_head=1, n_embd=16)).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    flags = ["--prompt", "the quick", "--num_samples", 2, "--top_k", 1, "--max_new_tokens", 9, "--device", "cpu"]
+    code, stdout, stderr = main(sample, ["--model", tmp_path, *flags])
+    assert code == 0, stderr
+    _, first, _, second = stdout.splitlines()
+    assert first == second and first.startswith("the quick ")
+
+
+def test_text_comes_through_a_pipe(run_folder):
+    """Whoever reads from a pipe, too, must have the text while it grows, not when the program ends."""
+    flags = "--num_samples 1 --max_new_tokens 2000 --device cpu".split()
+    command = [sys.executable, ROOT / "sample.py", "--model", run_folder, *flags]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=buffered) as process:
+        first = os.read(process.stdout.fileno(), 10_000)
+        process.kill()
+    assert 0 < len(first) < 500
 
 
 def test_a_reader_who_has_had_enough(run_folder):
@@ -136,5 +183,5 @@ def test_int8_weights(run_folder, main):
 def test_int8_without_torchao(monkeypatch):
     """The extra package is named where it is missing."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if not installed
-    with pytest.raises(ConfigError, match="pip install torchao"):
+    with pytest.raises(ConfigError, match="pip install -U torchao"):
         sample.quantize(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)))

@@ -23,6 +23,7 @@ from train_gpt2 import (
     PRESETS,
     DataLoaderLite,
     GPTConfig,
+    Log,
     Muon,
     Runtime,
     TrainConfig,
@@ -521,8 +522,7 @@ def test_speed_leaves_evaluation_out(text_shards, run_script, tmp_path):
 @pytest.mark.slow
 def test_init_from_goes_on_from_a_checkpoint(small_run, web_shards, text_shards, run_script, tmp_path):
     """Training on must start where the checkpoint stopped, and refuse data of another vocabulary."""
-    folder = small_run[0] / "checkpoints" / "step_000020"
-    flags = [*SMALL, "--init_from", folder, "--dropout", 0.2, "--max_steps", 5, "--out_dir", tmp_path / "out"]
+    flags = [*SMALL, "--init_from", small_run[0], "--dropout", 0.2, "--max_steps", 5, "--out_dir", tmp_path / "out"]
     done = run_script("train_gpt2.py", *flags, "--data_dir", web_shards)
     assert done.returncode == 0, done.stderr
     assert read_log(tmp_path / "out" / "log.txt")["val"][1][0] == read_log(small_run[0] / "log.txt")["val"][1][-1]
@@ -556,6 +556,18 @@ def tracked(tracker, folder):
                     values = {item.nested_key[0]: json.loads(item.value_json) for item in found.history.item}
                     rows.append((run, found.history.step.num, values))
     return rows
+
+
+def test_a_tracker_that_does_not_import(tmp_path, monkeypatch, capsys):
+    """Training goes on without a tracker that is broken, and says so."""
+    (tmp_path / "trackio.py").write_text("raise ImportError('no such symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    log = Log(tmp_path)
+    log.start_tracker(GPTConfig(), TrainConfig(tracker="trackio"))
+    log.write(0, val=1.0)
+    assert capsys.readouterr().err == "warning: on without the tracker: no such symbol\n"
+    assert read_log(tmp_path / "log.txt") == {"val": ([0], [1.0])}
 
 
 @pytest.mark.slow
