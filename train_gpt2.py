@@ -1126,7 +1126,7 @@ def training_state(step, skipped, run, config):
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "scaler": run.scaler.state_dict(),
         "loader": run.loader.position,
-        "rng": torch.get_rng_state(),
+        "rng": torch.get_rng_state(),  # for forks that draw from it: train_step seeds it anew
         "fingerprint": run.fingerprint,
         "config": {**asdict(run.raw_model.config), **asdict(config)},
     }
