@@ -318,12 +318,12 @@ def draw(default, winner):
                       label=f"{row['recipe']}, ends of runs with that budget, three seeds")  # fmt: skip
     target, tokens = default["losses"][1][0], default["runs"][1][0]["tokens"]
     axes.axhline(target, color="gray", lw=1, ls="--")
-    axes.annotate(f"{winner['ratio'][0]:.2f} of the tokens", (winner["ratio"][0] * tokens, target), (0, 8),
+    axes.annotate(f"{winner['ratio'][0]:.2f} of the tokens", (winner["ratio"][0] * tokens, target), (-8, 8), ha="right",
                   textcoords="offset points")  # fmt: skip
     axes.set(xlabel="tokens trained on", ylabel="validation loss, nats per byte", xscale="log",
-             ylim=(min(means) - 0.02, target + 0.35))  # fmt: skip
+             xlim=(0.1 * tokens, 1.2 * tokens), ylim=(min(means) - 0.02, target + 0.35))  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 
