@@ -1,6 +1,7 @@
 """Where the real data is, and how to run the scripts as a user does."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("GPT2_DATA", ROOT.parent / "shared" / "data"))
 if (SHARED_DATA / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken"))  # tiktoken without a network
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it, and their children
 
 
 @pytest.fixture(scope="session")
