@@ -369,7 +369,7 @@ def newest_checkpoint(model: str) -> str:
     if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
         return model
     if not (steps := list_checkpoints(model)):
-        raise HellaSwagError(f"--model {model}: the folder holds neither a config.json nor checkpoints/step_NNNNNN")
+        raise HellaSwagError(f"{model} is a folder that holds neither a config.json nor checkpoints/step_NNNNNN")
     return str(steps[-1])
 
 

@@ -57,6 +57,8 @@ def run(
         quantize(gpt)
     encode, decode = hellaswag.load_tokenizer(name, gpt.config.vocab_size)
     ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)
+    if not ids.size(1):
+        raise ConfigError("the model's tokenizer makes nothing of the prompt: give it words (--prompt, --prompt_file)")
     generator = torch.Generator(device).manual_seed(seed)
     show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode)
 
@@ -135,7 +137,7 @@ def main():
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory: give fewer --num_samples", file=sys.stderr)
+        print("error: out of GPU memory: give fewer --num_samples, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -87,7 +87,7 @@ class TrainConfig:
     preset: str = "gpt2"  # the set of defaults that the other flags override
     data_dir: str = str(fineweb.DATA_DIR)  # token shards, as fineweb.py writes them or as published .bin files
     out_dir: str = str(HERE / "log")  # where log.txt, curve.png and checkpoints/ go
-    init_from: str | None = None  # Hugging Face name or model folder to train on from; its shape replaces the flags'
+    init_from: str | None = None  # Hugging Face name, model or output folder to train on from, with its own shape
     resume: bool = False  # go on from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = False  # delete the run that out_dir holds and start anew
     override: tuple[str, ...] = ()  # flags that a resumed run may change, such as max_steps or lr
@@ -446,7 +446,7 @@ class GPT(nn.Module):
             options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
             hf_model, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
         except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
-            hint = "give a Hub name, a Hugging Face GPT-2 folder or a checkpoint's folder"
+            hint = "give a Hub name, a Hugging Face GPT-2 folder or an output folder of train_gpt2.py"
             reason = hellaswag.one_line(error)
             raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason} ({hint})") from None
         lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
@@ -661,22 +661,15 @@ def whole_model(raw_model):
 
 
 def orthogonalize(matrices):
-    """For each matrix about the nearest whose singular values are all 1, in bfloat16 (Jordan et al. 2024).
-
-    Those of one shape go through in one batch: a few large products for many small ones.
-    """
-    results = {}
-    for shape in {matrix.shape for matrix in matrices}:
-        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
-        x = torch.stack([matrices[i].bfloat16() for i in places])  # (n, rows, columns)
-        x = x.mT if shape[0] > shape[1] else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(5):  # 3.4445 s - 4.775 s^3 + 2.0315 s^5 of the singular values takes small ones fast towards 1
-            gram = x @ x.mT
-            gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-            x = torch.baddbmm(x, gram, x, beta=3.4445)
-        results.update(zip(places, x.mT if shape[0] > shape[1] else x))
-    return [results[i] for i in range(len(matrices))]
+    """(n, a, b) -> (n, a, b) in bfloat16: the nearest matrices of singular values about 1 (Jordan et al. 2024)."""
+    x = matrices.bfloat16()
+    x = x.mT if x.size(1) > x.size(2) else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):  # 3.4445 s - 4.775 s^3 + 2.0315 s^5 of the singular values takes small ones fast towards 1
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.mT if matrices.size(1) > matrices.size(2) else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -687,6 +680,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     momentum = 0.95  # Jordan et al.
+    batch = 16  # weights of one shape that are multiplied together, and with FSDP are whole at a time
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -694,19 +688,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = []
+            same_shape = {}
             for weight in group["params"]:
-                if not self.state[weight]:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                average = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - self.momentum)
-                update = gather(weight.grad.lerp(average, self.momentum).bfloat16())  # Nesterov's: one step ahead
-                updates.append(update.chunk(3 if weight.size(0) == 3 * weight.size(1) else 1))
-            matrices = iter(orthogonalize([matrix for parts in updates for matrix in parts]))
-            for weight, parts in zip(group["params"], updates):
-                update = torch.cat([next(matrices) for _ in parts]).to(weight.dtype)
-                scale = 0.2 * max(parts[0].shape) ** 0.5  # 0.2: the root mean square of AdamW's updates
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(shard_like(weight, update), alpha=-group["lr"] * scale)
+                same_shape.setdefault(weight.shape, []).append(weight)
+            for weights in same_shape.values():
+                for start in range(0, len(weights), self.batch):
+                    self._update(weights[start : start + self.batch], group["lr"], group["weight_decay"])
+
+    def _update(self, weights, lr, weight_decay):
+        updates = []
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            average = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - self.momentum)
+            updates.append(gather(weight.grad.lerp(average, self.momentum).bfloat16()))  # Nesterov's: one step ahead
+        rows, columns = weights[0].shape
+        parts = 3 if rows == 3 * columns else 1
+        updates = orthogonalize(torch.stack(updates).view(-1, rows // parts, columns)).reshape(-1, rows, columns)
+        scale = 0.2 * max(rows // parts, columns) ** 0.5  # 0.2: the root mean square of AdamW's updates
+        for weight, update in zip(weights, updates):
+            weight.mul_(1 - lr * weight_decay)
+            weight.add_(shard_like(weight, update.to(weight.dtype)), alpha=-lr * scale)
 
 
 def configure_optimizers(model, config):
@@ -1751,7 +1753,8 @@ def file_errors(config):
         if not (config.resume or config.overwrite):
             way_out = "give --resume to go on, --overwrite to delete it, or another --out_dir"
             errors.append(f"{out_dir} holds a run: {way_out}")
-    if config.overwrite and config.init_from and out_dir in Path(config.init_from).resolve().parents:
+    source = Path(config.init_from or os.devnull).resolve()
+    if config.overwrite and out_dir in (source, *source.parents):
         errors.append(f"--overwrite would delete --init_from {config.init_from}: give another --out_dir")
     return errors
 

@@ -318,8 +318,10 @@ def draw(default, winner):
                       label=f"{row['recipe']}, ends of runs with that budget, three seeds")  # fmt: skip
     target, tokens = default["losses"][1][0], default["runs"][1][0]["tokens"]
     axes.axhline(target, color="gray", lw=1, ls="--")
-    axes.annotate(f"{winner['ratio'][0]:.2f} of the tokens", (winner["ratio"][0] * tokens, target), (-8, 8), ha="right",
-                  textcoords="offset points")  # fmt: skip
+    if winner["ratio"][0] < math.inf:
+        point = (winner["ratio"][0] * tokens, target)
+        label = f"{winner['ratio'][0]:.2f} of the tokens"
+        axes.annotate(label, point, (-8, 8), ha="right", textcoords="offset points")
     axes.set(xlabel="tokens trained on", ylabel="validation loss, nats per byte", xscale="log",
              xlim=(0.1 * tokens, 1.2 * tokens), ylim=(min(means) - 0.02, target + 0.35))  # fmt: skip
     axes.grid(alpha=0.3)
@@ -359,7 +361,8 @@ def main():
             row["tokens"] = "{:.3f} ± {:.3f}".format(*row["ratio"])
     _, about = describe(args)
     curve = [(tokens / args.tokens, loss) for tokens, loss in winner["runs"][1][0]["curve"]]
-    records = list(map(json.loads, args.cache.read_text().splitlines()))
+    records = map(json.loads, args.cache.read_text().splitlines())
+    records = [record for record in records if record["lr"] in rows[record["recipe"]]["searched"]]
     about |= {
         "tokens_ratio_to_adamw": winner["ratio"][0],
         "winner": WINNER,

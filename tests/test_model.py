@@ -208,6 +208,7 @@ def test_generate():
         top = model(samples[0][:, :t])[0][:, -1].topk(50).indices
         assert (top == samples[0][:, t : t + 1]).any(dim=1).all()
     assert torch.equal(model.generate(prompt, 20, top_k=1), model.generate(prompt, 20, temperature=0))
+    assert torch.equal(model.generate(prompt, 20, temperature=1e-40), model.generate(prompt, 20, temperature=0))
     assert torch.equal(model.generate(prompt, 0), prompt)
     for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match="generate needs"):

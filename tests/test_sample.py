@@ -138,6 +138,8 @@ def test_words_that_read_otherwise_behind_others(kind, main, tmp_path):
     flags = ["--prompt", "the quick", "--num_samples", 2, "--top_k", 1, "--max_new_tokens", 9, "--device", "cpu"]
     code, stdout, stderr = main(sample, ["--model", tmp_path, *flags])
     assert code == 0, stderr
+    if kind == "WordPiece":
+        assert main(sample, ["--model", tmp_path, "--prompt", " "])[0] == 2  # no word, no token
     _, first, _, second = stdout.splitlines()
     assert first == second and first.startswith("the quick ")
 

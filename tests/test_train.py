@@ -482,8 +482,10 @@ def test_a_run_is_not_overwritten(text_shards, run_script, tmp_path):
     assert names == ["step_000001", "step_000001_mine.txt"] and (tmp_path / "notes.txt").exists()
     assert read_log(tmp_path / "log.txt")["val"][0] == [0, 1]
     source = tmp_path / "checkpoints" / ".." / "checkpoints" / "step_000001"
-    own = run_script("train_gpt2.py", *flags, "--overwrite", "--init_from", source)
-    assert own.returncode == 2 and "--init_from" in own.stderr and (tmp_path / "checkpoints" / "step_000001").exists()
+    for own in (source, tmp_path):
+        refused = run_script("train_gpt2.py", *flags, "--overwrite", "--init_from", own)
+        assert refused.returncode == 2 and "--overwrite would delete --init_from" in refused.stderr
+        assert (tmp_path / "checkpoints" / "step_000001").exists()
     demo = run_script("train_gpt2.py", "--preset", "demo", "--out_dir", tmp_path, "--data_dir", tmp_path / "demo")
     assert demo.returncode == 2 and "--overwrite" in demo.stderr and (tmp_path / "log.txt").exists()
 
