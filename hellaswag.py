@@ -364,12 +364,12 @@ def list_checkpoints(out_dir) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
-def newest_checkpoint(model: str) -> str:
+def newest_checkpoint(model: str, flag: str = "--model") -> str:
     """The newest checkpoint of an output folder of train_gpt2.py; a Hub name or a model folder stays as it is."""
     if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
         return model
     if not (steps := list_checkpoints(model)):
-        raise HellaSwagError(f"{model} is a folder that holds neither a config.json nor checkpoints/step_NNNNNN")
+        raise HellaSwagError(f"{flag} {model}: the folder holds neither a config.json nor checkpoints/step_NNNNNN")
     return str(steps[-1])
 
 

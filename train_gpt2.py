@@ -1498,7 +1498,7 @@ def load_model(model_config, encoding, config):
     """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
-    folder = hellaswag.newest_checkpoint(config.init_from)  # of an output folder; any other name as it is
+    folder = hellaswag.newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
     model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout)
     if model.config.vocab_size != encoding.n_vocab:
         raise ConfigError(

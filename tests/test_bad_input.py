@@ -386,6 +386,14 @@ def test_numbers_that_do_not_fit_each_other_are_named(tmp_path, data, tiny, main
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_a_model_is_named(tmp_path, data, tiny, main):
+    """--init_from takes output folders, and must say it, not another flag, where one is empty."""
+    add_manifest(data, "bytes")
+    (tmp_path / "empty").mkdir()
+    ended = main(train_gpt2, [*tiny, "--init_from", tmp_path / "empty"])
+    the_error(ended, f"--init_from {tmp_path / 'empty'}", "checkpoints/step_NNNNNN", stdout=None)
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, data, tiny, main, monkeypatch, tracker, folder):
