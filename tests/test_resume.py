@@ -42,7 +42,8 @@ class Program:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(torchrun + [f"--max-restarts={restarts}"] if processes > 1 else []), *launcher]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen([*command, *map(str, flags)], **pipes, **options)
+        one_thread = {"env": os.environ | {"OMP_NUM_THREADS": "1"}}  # as run_script: sums on more round otherwise
+        self.process = subprocess.Popen([*command, *map(str, flags)], **pipes, **one_thread | options)
         self.lines, self.times, self.came = [], [], threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
 
