@@ -136,19 +136,28 @@ def test_short_text(run_script, tmp_path):
     assert done.returncode == 2 and "short.txt has less than 81,922 tokens" in done.stderr
 
 
-def run_recipes(run_script, tmp_path):
-    """The whole table of recipes.py at ten steps a run: its result, rows by name, and the lines of its cache."""
+@pytest.fixture
+def run_recipes(tmp_path, monkeypatch):
+    """run_recipes() -> a table at ten steps a run: its result, rows by name, and the lines of its cache."""
+    names = ["adamw", "adamw-warmup0.25", "muon", "fast", "wsd", "ramp", "distilled", "whole-rows"]
+    monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in names})
     flags = ["--tokens", 20_480, "--val_tokens", 4096, "--out_dir", tmp_path]
-    done = run_script("benchmarks/recipes.py", *flags, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "recipes.json").read_text())
-    lines = (tmp_path / "recipes.jsonl").read_text().splitlines()
-    return result, {row["recipe"]: row for row in result["rows"]}, list(map(json.loads, lines))
+    monkeypatch.setattr(sys, "argv", ["recipes.py", *map(str, flags)])
+    threads = torch.get_num_threads()
+
+    def run():
+        recipes.main()
+        result = json.loads((tmp_path / "recipes.json").read_text())
+        lines = (tmp_path / "recipes.jsonl").read_text().splitlines()
+        return result, {row["recipe"]: row for row in result["rows"]}, list(map(json.loads, lines))
+
+    yield run
+    torch.set_num_threads(threads)
 
 
-def test_recipes(run_script, tmp_path):
-    """Every recipe searches its rate, finalists run thrice on the same tokens, and a killed table goes on as it was."""
-    result, rows, records = run_recipes(run_script, tmp_path)
+def test_recipes(run_recipes, tmp_path):
+    """Each recipe searches its rate, finalists run thrice on the same tokens, and a killed table goes on as it was."""
+    result, rows, records = run_recipes()
     assert (tmp_path / "recipes.png").stat().st_size > 10_000
     for row in rows.values():
         assert row["searched"][str(row["lr"])] == row["search_loss"] == min(row["searched"].values())
@@ -163,7 +172,7 @@ def test_recipes(run_script, tmp_path):
     assert result["tokens_ratio_to_adamw"] == pytest.approx(sum(winner["ratio"][2]) / 3)
     cache = (tmp_path / "recipes.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "recipes.jsonl").write_text("".join(cache[:-2]))
-    _, rows_again, again = run_recipes(run_script, tmp_path)
+    _, rows_again, again = run_recipes()
     assert len(again) == len(records) and again[:-2] == records[:-2]
     assert [record["curve"] for record in again] == [record["curve"] for record in records]
 
