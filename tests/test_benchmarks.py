@@ -139,7 +139,7 @@ def test_short_text(run_script, tmp_path):
 @pytest.fixture
 def run_recipes(tmp_path, monkeypatch):
     """run_recipes() -> a table at ten steps a run: its result, rows by name, and the lines of its cache."""
-    names = ["adamw", "adamw-warmup0.25", "muon", "fast", "wsd", "ramp", "distilled", "whole-rows"]
+    names = ["adamw", "adamw-warmup0.25", "fast", "ramp", "distilled", "whole-rows"]
     monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in names})
     flags = ["--tokens", 20_480, "--val_tokens", 4096, "--out_dir", tmp_path]
     monkeypatch.setattr(sys, "argv", ["recipes.py", *map(str, flags)])
