@@ -270,16 +270,12 @@ def test_other_layout_goes_on_with_the_same_batches(text_shards, run_script, tmp
 
 @pytest.mark.slow
 def test_fast_preset_on_any_layout(text_shards, run_script, tmp_path):
-    """gpt2-fast resumes to the bit, and two processes train it on the same rows, but for bfloat16's noise."""
+    """Two processes train gpt2-fast on the rows of one, and by its schedule, but for bfloat16's noise."""
     flags = ["--preset", "gpt2-fast", *TINY, "--data_dir", text_shards]
-    for out, processes, more in [("whole", 1, []), ("out", 1, []), ("out", 1, ["--resume"]), ("two", 2, [])]:
-        more = [*more, "--micro_batch", 4 // processes, "--out_dir", tmp_path / out]
-        done = run_script("train_gpt2.py", *flags, *more, processes=processes)
+    for out, processes in [("whole", 1), ("two", 2)]:
+        layout = ["--micro_batch", 4 // processes, "--out_dir", tmp_path / out]
+        done = run_script("train_gpt2.py", *flags, *layout, processes=processes)
         assert done.returncode == 0, done.stderr
-        if out == "out":
-            for step in (30, 40) if "--resume" not in more else ():
-                shutil.rmtree(tmp_path / out / "checkpoints" / f"step_0000{step}")
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
     whole, two = (read_log(tmp_path / out / "log.txt") for out in ("whole", "two"))
     assert whole["lr"] == two["lr"] and whole["lr"][1][39] == pytest.approx(0.01 / 35)
     assert whole["train"][1][0] == pytest.approx(two["train"][1][0], abs=1e-5)
