@@ -260,12 +260,14 @@ def test_a_run_that_ends_just_before_the_lock_is_free_is_gone_on_from(finished, 
 
 
 def test_a_killed_run_leaves_no_workers(corpus, tmp_path):
-    """Guards memory and cores: a pool's processes outlive their parent, unless they watch it."""
+    """Guards memory and cores: processes outlive their parent, unless they watch it."""
     command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "2"]
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*map(str, command)], **pipes) as process:
         process.stdout.readline()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
+        assert process.stderr.read() == ""  # at its end, which comes once the workers have closed it, too
     assert len(children) == 2
     deadline = time.time() + 20
     while any(Path(f"/proc/{child}").exists() for child in children) and time.time() < deadline:
@@ -273,14 +275,23 @@ def test_a_killed_run_leaves_no_workers(corpus, tmp_path):
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path):
+@pytest.mark.parametrize("moment", ["at work", "in the middle of a result"])
+def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path, moment):
     """Guards against a traceback, or a wait without end, where the system takes a worker for its memory."""
     command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*map(str, command)], **pipes) as process:
-        process.stdout.readline()
-        os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]), signal.SIGKILL)
-        out, error = process.communicate(timeout=60)
+        try:
+            process.stdout.readline()
+            worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+            if moment != "at work":  # nobody reads what it sends, which is more than a pipe holds
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(1)
+            os.kill(int(worker), signal.SIGKILL)
+            process.send_signal(signal.SIGCONT)
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 2 and error.count("\n") == 1
     assert error.startswith("error: a worker process died") and "fewer --workers" in error
 
