@@ -34,8 +34,9 @@ import sys
 import sysconfig
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -489,87 +490,74 @@ def encode_pieces(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
 
 
 def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Iterator[np.ndarray]:
-    """Yield the tokens of each task, in order, as (n,) uint16 arrays. Raises DataError if a worker dies."""
+    """Yield the tokens of each task, in order, as (n,) uint16 arrays. Raises DataError."""
     opened_parquet.cache_clear()  # a file of that name may have changed since
     if workers <= 1:
-        with ThreadPoolExecutor(1) as reader:
-            readings = itertools.chain((reader.submit(read_texts, task) for task in tasks), [None])
-            for reading, _ in itertools.pairwise(readings):  # the next is read while this one is encoded
-                yield encode_task(reading.result(), encoding_name)
+        with ThreadPoolExecutor(1) as reader:  # reads on while this process encodes
+            for texts in in_order(functools.partial(reader.submit, read_texts), tasks, 2):
+                yield encode_task(texts, encoding_name)
         return
-    # A pipe for each worker, not concurrent.futures' one for all: that waits forever if one dies while it writes to it.
-    processes, pipes = [], []
+    # Each worker has a pipe of its own, with a thread to wait at it. A ProcessPoolExecutor has one pipe for all
+    # results, and waits forever where a worker dies while it writes to it.
+    processes, pipes, threads = [], queue.SimpleQueue(), ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
             ours, theirs = multiprocessing.Pipe()
-            processes.append(multiprocessing.Process(target=work, args=(theirs, ours, encoding_name), daemon=True))
-            processes[-1].start()
-            theirs.close()  # before the next is forked: held by its worker alone, it closes when that dies
-            pipes.append(ours)
-        yield from share_out(tasks, pipes)
+            process = multiprocessing.Process(target=work, args=(theirs, encoding_name), daemon=True)
+            process.start()
+            processes.append(process)
+            theirs.close()  # before the next is forked: with no copy but its worker's, it closes when that dies
+            pipes.put(ours)
+        yield from in_order(functools.partial(threads.submit, ask_worker, pipes), tasks, 3 * workers)
     finally:
         for process in processes:
-            process.kill()
+            process.kill()  # which ends the threads' waiting
+        threads.shutdown(cancel_futures=True)
         for process in processes:
             process.join()
 
 
-def share_out(tasks: Iterable[Task], pipes: list[Connection]) -> Iterator[np.ndarray]:
-    """Yield the tokens of each task, in order. A worker has up to two tasks at a time, so that it never waits for one.
-
-    Raises DataError if a worker sends one, or dies.
-    """
-    tasks, free, results = iter(tasks), pipes * 2, {}
-    given = wanted = 0
-    while True:
-        while free and given < wanted + 3 * len(pipes) and (task := next(tasks, None)) is not None:
-            talk(free.pop(0).send, (given, task))
-            given += 1
-        if wanted in results:
-            result = results.pop(wanted)
-            if isinstance(result, DataError):
-                raise result
-            yield result
-            wanted += 1
-        elif wanted < given:
-            for pipe in multiprocessing.connection.wait(pipes):
-                number, results[number] = talk(pipe.recv)
-                free.append(pipe)
-        else:
-            return
+def in_order(submit: Callable[[Task], Future], tasks: Iterable[Task], limit: int) -> Iterator:
+    """Yield the tasks' results in order, with so many under way at a time: an executor's map would read all tasks."""
+    under_way = deque()
+    for task in tasks:
+        under_way.append(submit(task))
+        if len(under_way) == limit:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
-def talk(operation: Callable, *arguments):
-    """Send to a worker, or receive from it. Raises DataError if it has died."""
+def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
+    """Return the tokens of a task, by the worker whose pipe is free. Raises what it raises, or DataError if it dies."""
+    pipe = pipes.get()
     try:
-        return operation(*arguments)
+        pipe.send(task)
+        result = pipe.recv()
     except (EOFError, OSError) as error:
         mend = "give fewer --workers, and run the same command again to go on"
         raise DataError(f"a worker process died, as happens when memory runs out: {mend}") from error
+    finally:
+        pipes.put(pipe)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def work(pipe: Connection, other_end: Connection, encoding_name: str) -> None:
-    """In a worker: receive numbered tasks, and send their tokens or a DataError, for as long as the run lives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # leaves Ctrl-C to the run
-    other_end.close()  # where this was forked, it has a copy
-    tasks = queue.SimpleQueue()
-
-    def receive():
-        try:
-            while True:
-                tasks.put(pipe.recv())
-        finally:
-            os._exit(1)  # the run has ended, perhaps killed
-
-    threading.Thread(target=receive, daemon=True).start()
-    while True:
-        number, task = tasks.get()
-        try:
-            result = encode_task(task, encoding_name)
-        except DataError as error:
-            result = error
-        with suppress(BrokenPipeError):  # the thread ends this process
-            pipe.send((number, result))
+def work(pipe: Connection, encoding_name: str) -> None:
+    """In a worker: receive tasks, and send their tokens or what encode_task raises, for as long as the run lives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the run
+    parent = multiprocessing.parent_process().sentinel
+    watch = threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True)
+    watch.start()
+    with suppress(EOFError, OSError):  # of the pipe: the run has ended
+        while True:
+            task = pipe.recv()
+            try:
+                result = encode_task(task, encoding_name)
+            except Exception as error:
+                result = error
+            pipe.send(result)
 
 
 # --- writing shards ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -259,41 +260,59 @@ def test_a_run_that_ends_just_before_the_lock_is_free_is_gone_on_from(finished, 
     assert capsys.readouterr().out.endswith("out is complete: 5,090 tokens in 6 shards\n")
 
 
+def children_of(process):
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def test_a_killed_run_leaves_no_workers(corpus, tmp_path):
     """Guards memory and cores: processes outlive their parent, unless they watch it."""
     command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "2"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*map(str, command)], **pipes) as process:
+    with (
+        open(tmp_path / "stderr", "w") as stderr,
+        subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=stderr) as process,
+    ):
         process.stdout.readline()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = children_of(process)
         process.kill()
-        assert process.stderr.read() == ""  # at its end, which comes once the workers have closed it, too
     assert len(children) == 2
     deadline = time.time() + 20
     while any(Path(f"/proc/{child}").exists() for child in children) and time.time() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 @pytest.mark.parametrize("moment", ["at work", "in the middle of a result"])
 def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path, moment):
     """Guards against a traceback, or a wait without end, where the system takes a worker for its memory."""
-    command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "2"]
+    source = corpus if moment == "at work" else [corpus[0] / "3.jsonl"]  # whose results are larger than a pipe holds
+    command = [sys.executable, ROOT / "fineweb.py", *flags(source, tmp_path / "out"), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*map(str, command)], **pipes) as process:
         try:
             process.stdout.readline()
-            worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-            if moment != "at work":  # nobody reads what it sends, which is more than a pipe holds
-                process.send_signal(signal.SIGSTOP)
+            if moment == "at work":
+                os.kill(children_of(process)[0], signal.SIGKILL)
+            else:
+                process.send_signal(signal.SIGSTOP)  # now nobody reads what the workers send
                 time.sleep(1)
-            os.kill(int(worker), signal.SIGKILL)
-            process.send_signal(signal.SIGCONT)
+                for child in children_of(process):
+                    os.kill(child, signal.SIGKILL)
+                process.send_signal(signal.SIGCONT)
             out, error = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 2 and error.count("\n") == 1
     assert error.startswith("error: a worker process died") and "fewer --workers" in error
+
+
+def test_workers_that_cannot_be_started_stop_the_run_with_a_line(corpus, tmp_path):
+    """Guards against a traceback where the system gives no more files or processes."""
+    command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "40"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))  # noqa: E731
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, preexec_fn=limit, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "Too many open files" in done.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(corpus, undisturbed, tmp_path, run_script):
