@@ -34,6 +34,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -502,12 +503,9 @@ def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Itera
     processes, pipes, threads = [], queue.SimpleQueue(), ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
-            ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=work, args=(theirs, encoding_name), daemon=True)
-            process.start()
+            process, pipe = start_worker(encoding_name)
             processes.append(process)
-            theirs.close()  # before the next is forked: with no copy but its worker's, it closes when that dies
-            pipes.put(ours)
+            pipes.put(pipe)
         yield from in_order(functools.partial(threads.submit, ask_worker, pipes), tasks, 3 * workers)
     finally:
         for process in processes:
@@ -528,6 +526,18 @@ def in_order(submit: Callable[[Task], Future], tasks: Iterable[Task], limit: int
         yield under_way.popleft().result()
 
 
+def start_worker(encoding_name: str) -> tuple[multiprocessing.Process, Connection]:
+    """Return a worker and the pipe to it. Raises DataError if the system has no room for one more."""
+    try:
+        pipe, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=work, args=(theirs, encoding_name), daemon=True)
+        process.start()
+    except OSError as error:
+        raise DataError(f"a worker process cannot be started ({error.strerror}): give fewer --workers") from error
+    theirs.close()  # before the next is forked: with no copy but its worker's, it closes when that dies
+    return process, pipe
+
+
 def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
     """Return the tokens of a task, by the worker whose pipe is free. Raises what it raises, or DataError if it dies."""
     pipe = pipes.get()
@@ -545,7 +555,7 @@ def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
 
 
 def work(pipe: Connection, encoding_name: str) -> None:
-    """In a worker: receive tasks, and send their tokens or what encode_task raises, for as long as the run lives."""
+    """In a worker: receive tasks, and send their tokens or an exception, for as long as the run lives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the run
     parent = multiprocessing.parent_process().sentinel
     watch = threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True)
@@ -555,8 +565,10 @@ def work(pipe: Connection, encoding_name: str) -> None:
             task = pipe.recv()
             try:
                 result = encode_task(task, encoding_name)
-            except Exception as error:
+            except (DataError, MemoryError) as error:
                 result = error
+            except BaseException:  # a fault of ours, told whole, for its traceback would not pass the pipe
+                result = RuntimeError(traceback.format_exc())
             pipe.send(result)
 
 
@@ -786,7 +798,7 @@ def prepare(
 def cores() -> int:
     """Return how many cores this process may use, shared with the others that a launcher has started beside it."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 61)  # 61: Windows waits for no more
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # --- published shards, and any ----------------------------------------------------------------------------------------

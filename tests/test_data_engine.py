@@ -285,8 +285,9 @@ def test_a_killed_run_leaves_no_workers(corpus, tmp_path):
 @pytest.mark.parametrize("moment", ["at work", "in the middle of a result"])
 def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path, moment):
     """Guards against a traceback, or a wait without end, where the system takes a worker for its memory."""
-    source = corpus if moment == "at work" else [corpus[0] / "3.jsonl"]  # whose results are larger than a pipe holds
-    command = [sys.executable, ROOT / "fineweb.py", *flags(source, tmp_path / "out"), "--workers", "2"]
+    source = tmp_path / "in.jsonl"  # results of 2 MB, more than a pipe holds, and more of them than are under way
+    source.write_bytes((corpus[0] / "3.jsonl").read_bytes() * 5)
+    command = [sys.executable, ROOT / "fineweb.py", *flags([source], tmp_path / "out"), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*map(str, command)], **pipes) as process:
         try:
@@ -307,12 +308,12 @@ def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path, moment):
 
 
 def test_workers_that_cannot_be_started_stop_the_run_with_a_line(corpus, tmp_path):
-    """Guards against a traceback where the system gives no more files or processes."""
+    """Guards against a traceback, and against a wait without end, where the system opens no more files."""
     command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "40"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))  # noqa: E731
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, preexec_fn=limit, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "Too many open files" in done.stderr
+    assert "a worker process cannot be started (Too many open files): give fewer --workers" in done.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(corpus, undisturbed, tmp_path, run_script):
