@@ -1,5 +1,6 @@
 """The benchmarks at a tiny size: they run to their end, and what they write makes sense. Minutes, so slow."""
 
+import gzip
 import json
 import math
 import os
@@ -53,8 +54,8 @@ def test_ladder(run_script, tmp_path):
     assert losses["the command as it is"] < reference
     seconds = {name: row.get("first_step_seconds") for name, row in rows.items()}
     assert seconds["torch.compile"] > seconds["bfloat16 autocast"] + 1
-    assert "AdamW.step" in (tmp_path / "tiny_kernels.txt").read_text()
-    assert (tmp_path / "trace_tiny.json.gz").read_bytes()[:2] == b"\x1f\x8b"
+    assert "aten::addmm" in (tmp_path / "tiny_kernels.txt").read_text()  # the costliest
+    assert "AdamW.step" in gzip.open(tmp_path / "trace_tiny.json.gz", "rt").read()  # and all of a step
 
 
 def test_peers(run_script, tmp_path):
