@@ -54,7 +54,7 @@ def test_ladder(run_script, tmp_path):
     assert losses["the command as it is"] < reference
     seconds = {name: row.get("first_step_seconds") for name, row in rows.items()}
     assert seconds["torch.compile"] > seconds["bfloat16 autocast"] + 1
-    assert "aten::addmm" in (tmp_path / "tiny_kernels.txt").read_text()  # the costliest
+    assert "aten::addmm" in (tmp_path / "tiny_kernels.txt").read_text()  # among the costliest
     assert "AdamW.step" in gzip.open(tmp_path / "trace_tiny.json.gz", "rt").read()  # and all of a step
 
 

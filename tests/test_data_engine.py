@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -310,7 +309,11 @@ def test_a_worker_that_dies_stops_the_run_with_a_line(corpus, tmp_path, moment):
 def test_workers_that_cannot_be_started_stop_the_run_with_a_line(corpus, tmp_path):
     """Guards against a traceback, and against a wait without end, where the system opens no more files."""
     command = [sys.executable, ROOT / "fineweb.py", *flags(corpus, tmp_path / "out"), "--workers", "40"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))  # noqa: E731
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, preexec_fn=limit, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "a worker process cannot be started (Too many open files): give fewer --workers" in done.stderr
