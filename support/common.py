@@ -52,7 +52,7 @@ def atomic_write(path: Path, fix: str) -> Iterator[io.BufferedWriter]:
 
     Raises UserError, which ends with `fix`, if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
