@@ -1,42 +1,38 @@
 """
-Train a GPT-2 from scratch: one file, read from top to bottom.
+Train a GPT-2 from scratch: one file, to be read from top to bottom.
 
     python train_gpt2.py --preset demo                        a small model, on a CPU, in two minutes
     python train_gpt2.py                                      GPT-2 124M on one GPU (first: python fineweb.py)
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run, the same batches, on eight
-    python train_gpt2.py --resume                             go on where an interrupted run was, or start
-    python train_gpt2.py --help                               every flag
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run with the same batches, on eight GPUs
+    python train_gpt2.py --resume                             continue an interrupted run, or start if there is none
+    python train_gpt2.py --help                               all flags
 
-or, from a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
-Exit codes: 2 for a mistake that a line on stderr names, 75 for a run that a signal stopped and --resume goes on with.
+In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
+Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
 
-Shapes in the comments: B rows of a batch, T tokens of a row, C channels (n_embd), nh heads (n_head), hs head size
-(C = nh * hs), V ids of the vocabulary.
+The file follows the lecture: configuration, model, data, optimizers and learning rate, processes and devices, the
+training step, evaluation, the training loop, and the command line. support/ holds what a first reading can skip:
+checkpoints.py (the files of a run), runlog.py (log and curve), distributed.py (process group, signals, FSDP).
+
+Shapes in the comments: B sequences of a batch ("rows"), T tokens of a sequence, C channels (n_embd), nh heads
+(n_head), hs channels of a head (C = nh * hs), V ids of the vocabulary.
 """
 
 import argparse
 import gc
-import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import os
 import platform
 import re
-import shutil
-import signal
-import socket
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -45,142 +41,116 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hellaswag
+from support import checkpoints, common, distributed, runlog
+from support.common import UserError, flag
+from support.distributed import EXIT_STOPPED, Stopped, StopSignal, any_rank, from_rank0, gather, sum_over_ranks
 
 HERE = Path(__file__).resolve().parent
 
 
-class ConfigError(ValueError):
-    """A user's mistake, said in lines that name the flag or file and what mends it. main() exits with code 2 on it."""
-
-
-# --- configuration: every number of the recipe stands in these tables, with its source --------------------------------
+# --- configuration: every number of the recipe is in these two tables, with its source --------------------------------
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model. The defaults are GPT-2 124M."""
 
-    block_size: int = 1024  # positions: the longest sequence the model can read (GPT-2)
-    vocab_size: tyro.conf.Suppress[int] = 50257  # true size; the last id is <|endoftext|>. A run takes it from the data
-    n_layer: int = 12  # blocks (GPT-2)
-    n_head: int = 12  # attention heads of a block (GPT-2)
-    n_embd: int = 768  # channels (GPT-2)
-    flash: bool = True  # fused attention kernel; off spells out the lower-triangular mask, for reading and timing
-    dropout: float = 0.0  # share of activations zeroed in training, for text read many times over (GPT-1: 0.1)
+    block_size: int = flag(1024, above=0)  # positions: the longest sequence that the model can read (GPT-2)
+    vocab_size: tyro.conf.Suppress[int] = flag(50257, "free")  # true size, given by the data; the last is <|endoftext|>
+    n_layer: int = flag(12, above=0)  # blocks (GPT-2)
+    n_head: int = flag(12, above=0)  # attention heads of a block (GPT-2)
+    n_embd: int = flag(768, above=0)  # channels (GPT-2)
+    flash: bool = flag(True, "free")  # fused attention kernel; off writes the causal mask out, to read and to time it
+    dropout: float = flag(0.0, "named", at_least=0)  # share of activations zeroed, for text read many times (GPT-1)
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding: a multiple of 128, which matrix units like (50257 -> 50304)."""
+        """Rows of the embedding: a multiple of 128, which matrix units are fastest with (50257 -> 50304)."""
         return -(-self.vocab_size // 128) * 128
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. The defaults are the lecture's recipe; its numbers are the GPT-3 paper's (table 2.1, appendix B)."""
+    """A run. The defaults are the lecture's recipe, with numbers of the GPT-3 paper (table 2.1, appendix B)."""
 
-    preset: str = "gpt2"  # the set of defaults that the other flags override
-    data_dir: str = str(fineweb.DATA_DIR)  # token shards, as fineweb.py writes them or as published .bin files
-    out_dir: str = str(HERE / "log")  # where log.txt, curve.png and checkpoints/ go
-    init_from: str | None = None  # Hugging Face name, model or output folder to train on from, with its own shape
-    resume: bool = False  # go on from the newest checkpoint in out_dir, or start if there is none
-    overwrite: bool = False  # delete the run that out_dir holds and start anew
-    override: tuple[str, ...] = ()  # flags that a resumed run may change, such as max_steps or lr
-    seed: int = 1337  # of the initialization and the shuffle (lecture)
+    preset: str = flag("gpt2", "free")  # the set of defaults that the other flags override
+    data_dir: str = flag(str(fineweb.DATA_DIR), "free")  # token shards, from fineweb.py or published .bin files
+    out_dir: str = flag(str(HERE / "log"), "free")  # for log.txt, curve.png and checkpoints/
+    init_from: str | None = flag(None, "named")  # start from this Hugging Face name, model folder or output folder
+    resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
+    overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
+    override: tuple[str, ...] = flag((), "free")  # flags that this resumed run may change, such as max_steps or lr
+    seed: int = flag(1337, "named", at_least=0)  # of the initialization, the shuffle and dropout (lecture)
 
-    max_steps: int = 19073  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
-    total_batch_tokens: int = 524288  # tokens of an update over all processes: 2**19, about 0.5M (GPT-3)
-    micro_batch: int | Literal["auto"] = (
-        "auto"  # rows at a time; auto: what fits, up to 65,536 tokens on a GPU, else 4,096
-    )
-    auto_tokens: ClassVar[dict] = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # of micro_batch auto (lecture: 64 x 1024)
-    seq_len: int = 1024  # tokens of a row, at most block_size (GPT-2)
-    shuffle: bool = True  # permute shards and rows anew in every epoch; off is the lecture's order
+    max_steps: int = flag(19073, "named", at_least=0)  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
+    total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, all processes: 2**19 ~ 0.5M (GPT-3)
+    # sequences computed at once by a process; auto: as many as fit, up to 65,536 tokens on a GPU, 4,096 elsewhere
+    micro_batch: int | Literal["auto"] = flag("auto", "free", above=0)
+    seq_len: int = flag(1024, above=0)  # tokens of a sequence, at most block_size (GPT-2)
+    shuffle: bool = flag(True, "named")  # permute shards and sequences differently in each epoch; off: lecture's order
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with AdamW for the rest
-    lr: float = 6e-4  # peak learning rate (GPT-3)
-    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls from the peak (GPT-3)
-    min_lr_ratio: float = 0.1  # where it ends, as a share of the peak (GPT-3)
-    warmup_steps: int = 715  # linear warmup: 375M tokens (GPT-3)
-    weight_decay: float = 0.1  # on tensors of two dimensions and more only (GPT-3)
-    grad_clip: float = 1.0  # largest norm of the whole gradient, 0 for no limit (GPT-3)
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # of AdamW (GPT-3)
-    eps: ClassVar[float] = 1e-8  # of AdamW (GPT-3)
-    max_skipped_steps: ClassVar[int] = 20  # in a row, for a loss or norm that is not finite; float16 may skip a few
+    optimizer: Literal["adamw", "muon"] = flag("adamw")  # muon: for the blocks' matrices, with AdamW for the rest
+    lr: float = flag(6e-4, "named", above=0)  # peak learning rate (GPT-3)
+    schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3)
+    min_lr_ratio: float = flag(0.1, "named", at_least=0)  # final learning rate, as a share of the peak (GPT-3)
+    warmup_steps: int = flag(715, "named", at_least=0)  # linear warmup: 375M tokens (GPT-3)
+    weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
+    grad_clip: float = flag(1.0, "named", at_least=0)  # largest norm of the whole gradient, 0 for no limit (GPT-3)
+    betas: tuple[float, float] = flag((0.9, 0.95), "named")  # of AdamW's two moving averages (GPT-3)
+    eps: float = flag(1e-8, "named", above=0)  # of AdamW (GPT-3)
+    max_skipped_steps: int = flag(20, "free", above=0)  # in a row, if loss or gradient is not finite (float16: a few)
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: bfloat16 where it is native
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: wherever it works, but for mps
-    fsdp: bool = False  # each process holds a share of weights, gradients and moments, not all of them (FSDP2)
-    activation_checkpointing: bool = False  # compute each block again in the backward pass: slower, in less memory
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # auto: cuda, else mps, else cpu
+    # precision of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "free")
+    compile: Literal["auto", "on", "off"] = flag("auto", "free")  # torch.compile; auto: if it works, except on mps
+    fsdp: bool = flag(False, "free")  # each process keeps a share of weights, gradients and optimizer state (FSDP2)
+    activation_checkpointing: bool = flag(False, "free")  # compute each block twice: less memory, more time
 
-    eval_interval: int = 250  # steps between evaluations (lecture)
-    val_tokens: int = 10_485_760  # tokens of the validation loss, the same on every layout (modded-nanogpt)
-    save_interval: int = 5000  # steps between checkpoints; the last step is always saved (lecture)
-    keep_checkpoints: int = 5  # the newest so many stay (the lecture's run makes four)
-    sample_interval: int = 250  # steps between samples, 0 for none (lecture)
-    prompt: str = "Hello, I'm a language model,"  # what the samples begin with (lecture)
-    num_samples: int = 4  # samples each time (lecture)
-    max_new_tokens: int = 24  # tokens added to the prompt: 32 with the prompt's eight (lecture)
-    sample_seed: ClassVar[int] = 42  # of the samples' own generator (lecture)
-    hellaswag_file: str = str(hellaswag.FILE)  # downloaded if missing; none turns it off
-    tracker: Literal["none", "wandb", "trackio"] = "none"  # gets log.txt's values too: pip install wandb or trackio
+    eval_interval: int = flag(250, "free", above=0)  # steps between evaluations (lecture)
+    val_tokens: int = flag(10_485_760, "free", above=0)  # tokens of the validation loss (modded-nanogpt)
+    save_interval: int = flag(5000, "free", above=0)  # steps between checkpoints; the last is always saved (lecture)
+    keep_checkpoints: int = flag(5, "free", above=0)  # the newest ones stay, older ones are deleted (lecture: 4)
+    sample_interval: int = flag(250, "free", at_least=0)  # steps between samples, 0 for none (lecture)
+    prompt: str = flag("Hello, I'm a language model,", "free")  # start of the samples (lecture)
+    num_samples: int = flag(4, "free", above=0)  # samples each time (lecture)
+    max_new_tokens: int = flag(24, "free", above=0)  # tokens after the prompt: 32 with its eight (lecture)
+    sample_seed: int = flag(42, "free", at_least=0)  # of the samples' own random generator (lecture)
+    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: do not score HellaSwag
+    tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # receives log.txt's values; pip install it
 
 
-# GPT-2's paper gives shapes but no rates: the rates are those of GPT-3's models of about the same size. Where GPT-3
-# alternates dense and sparse attention, ours is dense throughout. Our 1.3B has 16 heads of 128: the paper's table
-# says 24, which does not divide 2048. All train on 10B tokens; for the paper's 300B: --max_steps 572205, 1.3B 286102.
+# GPT-2's paper gives no learning rates, so these are the rates of GPT-3's models of about the same size. All attention
+# is dense; GPT-3 alternates it with sparse attention. The 1.3B has 16 heads of 128 channels, because the paper's 24 do
+# not divide 2048. All presets train on 10B tokens; for the paper's 300B: --max_steps 572205, and 286102 for the 1.3B.
 PRESETS = {
     "gpt2": (GPTConfig(), TrainConfig()),
-    # fewer tokens: a small model reaches "gpt2"'s loss in less than half of the tokens (benchmarks/results/recipes.md).
-    # lr is a start, not measured at this size. There the best rate is two to eight times AdamW's, and Muon's updates
-    # have the size of AdamW's at any width, so that a rate moves with AdamW's own: 6e-4, times four
+    # fewer tokens: a small model reaches the loss of "gpt2" with less than half (benchmarks/results/recipes.md). The
+    # learning rate is a starting point, not measured at this size: on the small model the best one was two to eight
+    # times AdamW's. Muon's updates have the size of AdamW's at any width, so its rate scales like AdamW's: 4 x 6e-4.
     "gpt2-fast": (
         GPTConfig(),
-        TrainConfig(
-            preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear", min_lr_ratio=0.0,
-            max_steps=9536, warmup_steps=358,
-        ),
+        TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear", min_lr_ratio=0.0,
+                    max_steps=9536, warmup_steps=358),
     ),
-    "gpt2-medium": (
-        GPTConfig(n_layer=24, n_head=16, n_embd=1024),
-        TrainConfig(preset="gpt2-medium", lr=3e-4),
-    ),
-    "gpt2-large": (
-        GPTConfig(n_layer=36, n_head=20, n_embd=1280),
-        TrainConfig(preset="gpt2-large", lr=2.5e-4),
-    ),
-    "gpt2-xl": (
-        GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-        TrainConfig(preset="gpt2-xl", lr=2e-4),
-    ),
-    "gpt3-125m": (
-        GPTConfig(block_size=2048),
-        TrainConfig(preset="gpt3-125m", seq_len=2048),
-    ),
-    "gpt3-350m": (
-        GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
-        TrainConfig(preset="gpt3-350m", seq_len=2048, lr=3e-4),
-    ),
-    "gpt3-760m": (
-        GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
-        TrainConfig(preset="gpt3-760m", seq_len=2048, lr=2.5e-4),
-    ),
-    "gpt3-1.3b": (
-        GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
-        TrainConfig(
-            preset="gpt3-1.3b", seq_len=2048, lr=2e-4,
-            total_batch_tokens=1048576, max_steps=9537, warmup_steps=358,
-        ),
-    ),
-    # chosen by measurement on two CPU cores (benchmarks/results/demo.md), where at this size the explicit attention is
-    # the faster one, compiling takes longer than it saves, and many steps of a shallow model learn more than fewer of a
-    # deep one
+    "gpt2-medium": (GPTConfig(n_layer=24, n_head=16, n_embd=1024), TrainConfig(preset="gpt2-medium", lr=3e-4)),
+    "gpt2-large": (GPTConfig(n_layer=36, n_head=20, n_embd=1280), TrainConfig(preset="gpt2-large", lr=2.5e-4)),
+    "gpt2-xl": (GPTConfig(n_layer=48, n_head=25, n_embd=1600), TrainConfig(preset="gpt2-xl", lr=2e-4)),
+    "gpt3-125m": (GPTConfig(block_size=2048), TrainConfig(preset="gpt3-125m", seq_len=2048)),
+    "gpt3-350m": (GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
+                  TrainConfig(preset="gpt3-350m", seq_len=2048, lr=3e-4)),
+    "gpt3-760m": (GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
+                  TrainConfig(preset="gpt3-760m", seq_len=2048, lr=2.5e-4)),
+    "gpt3-1.3b": (GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
+                  TrainConfig(preset="gpt3-1.3b", seq_len=2048, lr=2e-4, total_batch_tokens=1048576,
+                              max_steps=9537, warmup_steps=358)),
+    # chosen by measurement on two CPU cores (benchmarks/results/demo.md): at this size the fused attention kernel and
+    # compilation cost more time than they save, and many steps of a shallow model learn more than few of a deep one
     "demo": (
         GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=128, flash=False),
         TrainConfig(
@@ -192,20 +162,24 @@ PRESETS = {
         ),
     ),
 }  # fmt: skip
-DEMO_SHARD_TOKENS = 250_000  # the first is for validation: 2% of the standard library
+# what a resumed run may change if --override names it, and what it may not; another path to the same data is free
+FLAGS = {f.name: f.metadata for f in (*fields(GPTConfig), *fields(TrainConfig))}
+OVERRIDABLE = ["data_dir", *(name for name in FLAGS if FLAGS[name]["resume"] == "named")]
+DEMO_SHARD_TOKENS = 250_000  # the first shard is for validation: 2% of the standard library
+AUTO_TOKENS = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # most tokens of --micro_batch auto (lecture: 64 x 1024)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
-    """What a layer's attention needs of the tokens already read: their keys and values, at most N positions of them."""
+    """The keys and values of the tokens that a layer's attention has already read, at most N of them."""
 
     def __init__(self, N):
         self.N, self.length, self.keys, self.values = N, 0, None, None
 
     def append(self, k, v):
-        """Take in the (B, nh, T, hs) of T more tokens; return those of all tokens so far."""
+        """Store the keys and values of T more tokens, each (B, nh, T, hs), and return those of all tokens so far."""
         if self.keys is None:
             B, nh, _, hs = k.shape
             self.keys, self.values = k.new_empty(B, nh, self.N, hs), v.new_empty(B, nh, self.N, hs)
@@ -233,23 +207,25 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = mask is None and T > 1  # a single token comes last, and may look at all
+        is_causal = mask is None and T > 1  # a single token comes last, so it may look at all others
         dropout = self.dropout if self.training else 0.0
         if self.flash:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         else:
-            visible = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device) if mask is None else mask
-            visible = visible.tril() if causal else visible
-            hidden = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, float("-inf"))
-            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5 + hidden  # (B, nh, T, T with the cache's)
+            if is_causal:
+                mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5  # (B, nh, T, T); with a cache (B, nh, 1, its length)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
             y = F.dropout(F.softmax(scores, dim=-1), dropout) @ v  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
 
-class LayerNorm(nn.LayerNorm):
+class CastLayerNorm(nn.LayerNorm):
+    """LayerNorm for weights in bfloat16 and x in float32: FSDP gathers them so, and the kernel needs equal types."""
+
     def forward(self, x):
-        # FSDP gathers the weights in bfloat16, the residual stream is float32, and the kernel wants them to be alike
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -268,27 +244,27 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd)
+        self.ln_1 = CastLayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd)
+        self.ln_2 = CastLayerNorm(config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, cache=None):
-        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))  # attention is where tokens talk to each other
-        x = x + self.drop(self.mlp(self.ln_2(x)))  # the MLP is where each thinks for itself
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))  # attention: tokens exchange information
+        x = x + self.drop(self.mlp(self.ln_2(x)))  # MLP: each token is processed by itself
         return x
 
 
-HEAD_TOKENS = 4096  # whose logits exist at a time: 0.4 GB in bfloat16, and four times that what is made of them
+HEAD_TOKENS = 4096  # tokens whose logits exist at once: 0.4 GB in bfloat16, and four times that for what follows
 
 
 def head_loss(states, weight, targets, vocab_size):
-    """Mean cross entropy in nats of the logits states (N, C) @ weight.T at targets (N), those of -100 left out.
+    """Return the mean cross entropy, in nats, of the logits states (N, C) @ weight.T at targets (N), -100 left out.
 
-    The logits are by far the largest tensor of a training step, and autograd would keep all of them for the backward
-    pass. But their gradient is known as soon as they are, softmax - onehot (Bridle 1990), so that each chunk of tokens
-    is carried on to states and weight at once and forgotten.
+    The logits would be by far the largest tensor of a step, because autograd keeps them for the backward pass. But
+    the gradient of the loss with respect to the logits, softmax - onehot (Bridle 1990), is known as soon as the logits
+    are. So each chunk of tokens computes its logits, its loss and its gradients at once, and its logits are freed.
     """
     device, count = states.device, (targets != -100).sum().clamp(min=1)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
@@ -296,8 +272,8 @@ def head_loss(states, weight, targets, vocab_size):
     ids = torch.arange(len(weight), device=device)
     loss, weight_grad, states_grads = 0.0, torch.zeros_like(weight, dtype=torch.float32), []
     for chunk, labels in zip(constant_states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
-        logits = chunk @ constant_weight.t()  # (chunk, padded V)
-        logits[:, vocab_size:] = float("-inf")  # the padding of the vocabulary does not exist
+        logits = chunk @ constant_weight.t()  # (tokens of the chunk, padded V)
+        logits[:, vocab_size:] = float("-inf")  # the ids that pad the vocabulary have probability zero
         log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         loss = loss + F.nll_loss(log_p, labels, reduction="sum")
         if torch.is_grad_enabled():
@@ -306,30 +282,19 @@ def head_loss(states, weight, targets, vocab_size):
             states_grads.append(logits_grad @ constant_weight)
             weight_grad += logits_grad.t() @ chunk
             del onehot, logits_grad
-        del logits, log_p  # before the next chunk's are made
+        del logits, log_p  # free them before the next chunk needs the memory
     loss = loss / count
     if torch.is_grad_enabled():
-        # of value 0, but with the gradients found above: what autograd sees of all this
+        # Autograd saw only constants above. `linear` has exactly the gradients that were computed: d linear / d states
+        # is states_grads / count, and the same for weight. Adding linear - linear.detach(), which is zero, gives them
+        # to the loss without changing its value. (DDP's graph splitter does not accept a torch.autograd.Function here.)
         linear = ((states * torch.cat(states_grads)).sum() + (weight * weight_grad).sum()) / count
         loss = loss + (linear - linear.detach())
     return loss
 
 
-def check_is_gpt2(hf_config):
-    """Raise ValueError unless a Hugging Face config describes exactly the computation that GPT does."""
-    if hf_config.model_type != "gpt2":
-        raise ValueError(f"its model_type is {hf_config.model_type}")
-    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
-    for name, value in expected.items():
-        if getattr(hf_config, name, value) != value:
-            raise ValueError(f"its {name} is {getattr(hf_config, name)}, GPT-2's is {value}")
-    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
-        raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
-
-
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019), with the names of OpenAI's and Hugging Face's parameters."""
+    """GPT-2 (Radford et al. 2019), with the parameter names of OpenAI and Hugging Face."""
 
     def __init__(self, config):
         super().__init__()
@@ -343,30 +308,34 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # one tensor reads tokens and writes them (Press & Wolf 2017)
+        self.lm_head.weight = self.transformer.wte.weight  # one table reads and predicts tokens (Press & Wolf 2017)
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = 0.02
             if hasattr(module, "NANOGPT_SCALE_INIT"):
-                # the residual stream sums two branches a block: this keeps its size the same at any depth (GPT-2, 2.3)
+                # each block adds two branches to the residual stream: this keeps its size equal at any depth (GPT-2)
                 std *= (2 * self.config.n_layer) ** -0.5
             nn.init.normal_(module.weight, mean=0.0, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def set_activation_checkpointing(self, on):
+        """Choose whether training keeps the blocks' activations (faster) or computes them twice (less memory)."""
+        self.activation_checkpointing = on
+
     def num_params(self):
-        """Parameters, tied weights counted once and the padding of the vocabulary not at all: 124,439,808 for GPT-2."""
+        """Count the parameters: tied weights once, the padding of the vocabulary not at all. 124,439,808 for GPT-2."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     def trunk(self, idx, position_ids=None, mask=None, caches=None):
-        """The final states of the tokens, before the vocabulary.
+        """Return the final states (B, T, C) of the token ids idx (B, T).
 
-        idx: (B, T) token ids. position_ids: (T) or (B, T), 0 … T-1 unless given. mask: boolean, broadcast to
-        (B, nh, T, T), True where the row may look at the column; causal unless given. caches: a KVCache for each block,
-        empty, or with the tokens before a single further one. Returns (B, T, C).
+        position_ids: (T) or (B, T), by default 0 … T-1. mask: bool, broadcast to (B, nh, T, T), True where the row's
+        token may look at the column's; causal by default. caches: one KVCache for each block; if they are not empty,
+        idx holds the one token that follows. Raises ValueError for a sequence longer than block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -380,14 +349,14 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, states):
-        """Logits (..., V) of states (..., C), cropped to the true vocabulary: a padding id cannot be predicted."""
+        """Return the logits (..., V) of states (..., C), without the ids that pad the vocabulary."""
         return self.lm_head(states)[..., : self.config.vocab_size]
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
+        """Return (logits (B, T, V), None) of idx (B, T); with targets (B, T) return (None, loss).
 
-        The loss is the mean cross entropy in nats over the targets that are not -100, in float32. No logits come with
-        it: see head_loss.
+        The loss is the mean cross entropy, in nats and float32, over the targets that are not -100. head_loss explains
+        why no logits come with it.
         """
         states = self.trunk(idx)
         if targets is None:
@@ -396,33 +365,34 @@ class GPT(nn.Module):
         return None, head_loss(states.flatten(0, 1), weight, targets.flatten(), vocab_size)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
-        """Continue each row of idx (B, T) by max_new_tokens sampled ids: returns (B, T + max_new_tokens).
+        """Continue each row of idx (B, T) by sampled ids: return (B, T + max_new_tokens).
 
-        Only the top_k likeliest ids are drawn from (None for all), and of these only the likeliest that together have
-        the probability top_p (Holtzman et al. 2020); temperature 0 takes the likeliest. generator: a torch.Generator on
-        idx's device. Does not stop at <|endoftext|>; beyond block_size the oldest tokens go unread.
+        top_k: sample only from the k most likely ids (None: from all). top_p: of these, only from the most likely ones
+        that together have this probability (Holtzman et al. 2020). temperature 0 takes the most likely id. generator: a
+        torch.Generator on idx's device. <|endoftext|> does not stop it. It reads at most the last block_size tokens.
+        Raises ValueError for numbers out of range or an empty prompt.
         """
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator, top_p)), dim=1)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
-        """Yield the ids that generate appends, (B, 1) at a time, as they are drawn."""
+        """Yield the ids that `generate` appends, (B, 1) each, as soon as they are sampled."""
         if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1 or idx.size(1) == 0:
             raise ValueError("generate needs a prompt, temperature >= 0, top_k >= 1 or None, and 0 < top_p <= 1")
-        block_size, most_tokens = self.config.block_size, idx.size(1) + max_new_tokens
-        caches = [KVCache(min(block_size, most_tokens)) for _ in self.transformer.h]
+        block_size, longest = self.config.block_size, idx.size(1) + max_new_tokens
+        caches = [KVCache(min(block_size, longest)) for _ in self.transformer.h]
         for _ in range(max_new_tokens):
             T, read = idx.size(1), caches[0].length
             if T <= block_size:
                 states = self.trunk(idx[:, read:], torch.arange(read, T, device=idx.device), caches=caches)
-            else:  # the window moves on, and with it every token's position: nothing that was cached holds any more
+            else:  # the window moves, so each token's position changes and the cached keys are no longer valid
                 states = self.trunk(idx[:, -block_size:])
             logits = self.head(states[:, -1]).float()  # (B, V)
             likeliest, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), sorted
             if temperature == 0:
                 next_id = ids[:, :1]
             else:
-                probabilities = F.softmax(likeliest / max(temperature, 1e-6), dim=-1)  # below, it might overflow
+                probabilities = F.softmax(likeliest / max(temperature, 1e-6), dim=-1)  # less than 1e-6 could overflow
                 if top_p < 1:
                     likelier = probabilities.cumsum(-1) - probabilities  # the probability of all ids before each
                     probabilities = probabilities.masked_fill(likelier >= top_p, 0)
@@ -430,39 +400,24 @@ class GPT(nn.Module):
             idx = torch.cat((idx, next_id), dim=1)
             yield next_id
 
-    # OpenAI's checkpoints, and so Hugging Face's folders, store these weights as (in, out), nn.Linear as (out, in)
+    # OpenAI's checkpoints, and so Hugging Face's folders, store these weights as (in, out); nn.Linear has (out, in)
     TRANSPOSED = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 
     @classmethod
     def from_pretrained(cls, name_or_folder, flash=True, dropout=0.0):
-        """A model with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, any other Hub name
-        or any folder of a GPT2LMHeadModel, our checkpoints among them. flash and dropout are this model's, whatever the
-        folder was trained with. Raises ConfigError for what is not to be had, is no GPT-2 or lacks weights.
-        """
-        transformers = hellaswag.import_transformers()
-        try:
-            hf_config = transformers.AutoConfig.from_pretrained(name_or_folder)
-            check_is_gpt2(hf_config)
-            options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            hf_model, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
-        except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
-            hint = "give a Hub name, a Hugging Face GPT-2 folder or an output folder of train_gpt2.py"
-            reason = hellaswag.one_line(error)
-            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason} ({hint})") from None
-        lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-        if lacking:
-            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
-        config = GPTConfig(
+        """Return the GPT-2 of a Hugging Face name (gpt2, gpt2-xl, …) or model folder, as a checkpoint is one."""
+        hf_model = checkpoints.open_gpt2(name_or_folder, "the model", exactly=True)
+        hf_config = hf_model.config
+        model = cls(GPTConfig(
             block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, flash=flash, dropout=dropout,
             n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd,
-        )  # fmt: skip
-        model = cls(config)
+        ))  # fmt: skip
         model.load_pretrained_weights(hf_model.state_dict())
         return model
 
     @torch.no_grad()
     def load_pretrained_weights(self, weights):
-        """Copy in the tensors of a GPT2LMHeadModel of this shape: {name: tensor}, with lm_head.weight or without."""
+        """Copy in {name: tensor} of a GPT2LMHeadModel of this shape, with or without lm_head.weight."""
         for name, weight in weights.items():
             if name == "lm_head.weight":
                 continue  # tied to wte
@@ -473,7 +428,7 @@ class GPT(nn.Module):
             ours.copy_(weight.t() if self.TRANSPOSED.search(name) else weight)
 
     def pretrained_weights(self):
-        """Copies of the weights as GPT2LMHeadModel's file has them: {name: tensor}, float32, on the CPU."""
+        """Return copies of the weights as in a GPT2LMHeadModel's file: {name: tensor}, float32, on the CPU."""
         weights = {}
         for name, weight in self.state_dict().items():
             if name == "lm_head.weight":
@@ -484,40 +439,23 @@ class GPT(nn.Module):
             weights[name] = weight.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
         return weights
 
-    def save_pretrained(self, folder, weights=None):
-        """Write config.json and model.safetensors into folder: what transformers opens as GPT2LMHeadModel.
-
-        weights: pretrained_weights taken earlier; now, unless given.
-        """
-        from safetensors.torch import save_file
-
-        folder, config = Path(folder), self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = self.pretrained_weights() if weights is None else weights
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        hf_config = dict(
-            architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
-            vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-            activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-            attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout,
-            bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1,
-        )  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors into a folder that transformers opens as a GPT2LMHeadModel."""
+        checkpoints.write_model_folder(folder, self.pretrained_weights(), asdict(self.config))
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 
 class DataLoaderLite:
-    """Batches of rows from a folder of token shards: the same global batches however many processes share them.
+    """Batches of rows (sequences) from a folder of token shards: the same global batches for any number of processes.
 
-    All shards of a split are one stream of tokens. Row i of an epoch's unshuffled order is the T+1 tokens from i*T on
-    (the last is the target of the one before), so rows cross shard borders and no token is dropped but the last partial
-    row. A shuffled epoch permutes the shards, then the rows that start in a group of them of SHUFFLE_ROWS rows or one
-    shard more: reads stay local, and yet a corpus of small shards, each of a few documents, is well mixed.
-    `position`, the number of rows that all processes together have consumed, is the loader's whole state.
-    Raises fineweb.DataError for shards that are missing, broken or too short.
+    All shards of a split form one stream of tokens. Row i holds the T+1 tokens from i*T on, because the last one is the
+    target of the one before it. So rows cross the borders of shards, and only the last partial row is dropped. In each
+    epoch, shuffling permutes the shards, and then the rows within each group of shards, which has SHUFFLE_ROWS rows or
+    up to one shard more. So reads stay local, and a corpus of many small shards is still mixed well.
+    `position`, the number of rows that all processes together have consumed, is the entire state of the loader.
+    Raises UserError for shards that are missing, damaged or too short.
     """
 
     SHUFFLE_ROWS = 65_536  # about a shard of FineWeb-Edu at T=1024
@@ -531,40 +469,41 @@ class DataLoaderLite:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # first token of each shard in the stream
         self.num_rows = max(0, int(self.starts[-1]) - 1) // T
         if self.num_rows == 0:
-            raise fineweb.DataError(
-                f"{data_dir}: the {split} split holds {self.starts[-1]} tokens, too few for one row of --seq_len {T}: "
-                "shard more text with python fineweb.py, or shorten the rows"
+            raise UserError(
+                f"{data_dir}: the {split} split has {self.starts[-1]} tokens, too few for one sequence of --seq_len "
+                f"{T}: add more text with python fineweb.py, or lower --seq_len"
             )
-        # rows that start before each shard: shard k owns the rows first_row[k] … first_row[k+1]-1
+        # a row belongs to the shard in which it starts: shard k has the rows first_row[k] … first_row[k+1]-1
         self.first_row = np.minimum(-(-self.starts // T), self.num_rows)
         self.position = 0
-        self._groups = lru_cache(maxsize=2)(self._draw_groups)  # two: a batch may straddle a border
+        self._groups = lru_cache(maxsize=2)(self._draw_groups)  # 2: one batch may need the end of one and the next
         self._row_order = lru_cache(maxsize=2)(self._draw_row_order)
 
     def _draw_groups(self, epoch):
-        """An epoch's groups of shards, and the position within the epoch at which each begins."""
-        # RandomState, not default_rng: its stream is frozen, so that a run can be repeated with any later numpy
+        """Return an epoch's groups of shard numbers, and for each group the number of rows before it."""
+        # RandomState, not default_rng: its stream never changes, so a run can be repeated with any later numpy
         order = np.random.RandomState([self.seed, epoch]).permutation(len(self.shards))
-        begins = np.cumsum([0, *np.diff(self.first_row)[order]])[:-1]
-        cuts = np.flatnonzero(np.diff(begins // self.SHUFFLE_ROWS)) + 1
-        return np.split(order, cuts), begins[[0, *cuts]]
+        rows_before = np.cumsum([0, *np.diff(self.first_row)[order]])[:-1]  # before each shard, in this order
+        cuts = np.flatnonzero(np.diff(rows_before // self.SHUFFLE_ROWS)) + 1
+        return np.split(order, cuts), rows_before[[0, *cuts]]
 
     def _draw_row_order(self, epoch, group):
+        """Return the rows of a group of shards in the order in which this epoch reads them."""
         shards = self._groups(epoch)[0][group]
         rows = np.concatenate([np.arange(self.first_row[k], self.first_row[k + 1]) for k in shards])
         return np.random.RandomState([self.seed, epoch, group]).permutation(rows)
 
     def _row_index(self, position):
-        """Which row of the unshuffled order stands at this position of the endless sequence of epochs."""
+        """Return which row of the stream is read at a position of the endless sequence of epochs."""
         epoch, i = divmod(position, self.num_rows)
         if not self.shuffle:
             return i
-        begins = self._groups(epoch)[1]
-        group = int(np.searchsorted(begins, i, side="right")) - 1
-        return int(self._row_order(epoch, group)[i - begins[group]])
+        rows_before = self._groups(epoch)[1]
+        group = int(np.searchsorted(rows_before, i, side="right")) - 1  # the last group that starts at i or before
+        return int(self._row_order(epoch, group)[i - rows_before[group]])
 
     def _read_tokens(self, start, out):
-        """Fill out (n) from the stream's tokens start … start+n-1, across as many shards as they touch."""
+        """Fill out (n) with the tokens start … start+n-1 of the stream, from as many shards as they touch."""
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         filled = 0
         while filled < len(out):
@@ -572,100 +511,40 @@ class DataLoaderLite:
             piece = self.shards[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             if len(piece) and piece.max() >= self.vocab_size:
-                raise fineweb.DataError(
-                    f"{self.paths[shard]} holds token id {piece.max()} in a vocabulary of {self.vocab_size}: "
-                    "it is damaged or of another encoding; make the shards anew with python fineweb.py"
+                raise UserError(
+                    f"{self.paths[shard]} has token id {piece.max()} in a vocabulary of {self.vocab_size}: it is "
+                    "damaged or has another encoding; create the shards again with python fineweb.py"
                 )
             filled += len(piece)
             shard += 1
 
-    def fingerprint(self):
-        """{name of a shard: its length and a digest of its ends}: tells other data without reading all of it."""
-        digests = {}
-        for path, shard in zip(self.paths, self.shards):
-            ends = shard[:4096].tobytes() + shard[-4096:].tobytes()
-            digests[path.name] = f"{len(shard):,} tokens, {hashlib.sha256(ends).hexdigest()[:8]}"
-        return digests
-
     def rows(self, positions):
-        """The rows at these positions: inputs x and targets y, each (len(positions), T) int64, views of one tensor."""
+        """Return the rows at n positions: inputs x and targets y, each (n, T) int64, both views of one tensor."""
         tokens = np.empty((len(positions), self.T + 1), dtype=np.int32)
         for row, position in zip(tokens, positions):
             self._read_tokens(self._row_index(position) * self.T, row)
         tokens = torch.from_numpy(tokens)
-        if self.device.type == "cuda":  # pinned, else the host would wait for the copy, and so for all queued before it
-            tokens = tokens.pin_memory()
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory()  # or the host would wait for the copy and for all work queued before it
         tokens = tokens.to(self.device, non_blocking=tokens.is_pinned()).long()
         return tokens[:, :-1], tokens[:, 1:]
 
     def next_batch(self):
-        """This process's next micro-batch: x and y, each (B, T) int64 on the device."""
+        """Return this process's next micro-batch: x and y, each (B, T) int64 on the device."""
         first = self.position + self.rank * self.B
         self.position += self.B * self.world_size
         return self.rows(range(first, first + self.B))
 
 
-# --- a model in shards (FSDP2) ----------------------------------------------------------------------------------------
-
-
-def shard_model(raw_model, runtime):
-    """Leave each process a share of every weight, and gather a block's for as long as it computes (FSDP2, ZeRO-3).
-
-    In bfloat16 the blocks' weights travel as such, which is what autocast makes of them anyway, but for those of the
-    layer norms; the gradients are summed in float32. What is left, the tied embedding above all, is the root's, stays
-    float32, and is gathered once a pass. Compiled is each block: the gathering around it is no part of a graph.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import, so only here
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in raw_model.transformer.h:
-        if runtime.compile:
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
-        fully_shard(block, mesh=mesh, mp_policy=policy).set_force_sum_reduction_for_comms(True)  # gloo has no average
-    fully_shard(raw_model, mesh=mesh).set_force_sum_reduction_for_comms(True)
-    return raw_model
-
-
-def gather(tensor):
-    """All of a tensor of which each process holds a shard: they all have to ask. Any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def shard_like(parameter, value):
-    """This process's shard of what an optimizer keeps for a parameter in shards; anything else as it is."""
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor  # takes a second to import, so only here
-
-    shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return shard.clone()  # it was a view, which would keep the whole tensor alive
-
-
-def whole_model(raw_model):
-    """A plain GPT of the weights in float32: for a model in shards, which all processes gather, a copy, else itself."""
-    if not hasattr(raw_model, "unshard"):
-        return raw_model
-    with torch.device("meta"):
-        whole = GPT(raw_model.config)
-    shards = raw_model.state_dict()
-    del shards["lm_head.weight"]  # tied to wte: gathered once
-    whole.load_state_dict({name: gather(shard) for name, shard in shards.items()}, strict=False, assign=True)
-    whole.lm_head.weight = whole.transformer.wte.weight
-    return whole.eval()
-
-
-# --- optimizers and schedule ------------------------------------------------------------------------------------------
+# --- optimizers and learning rate -------------------------------------------------------------------------------------
 
 
 def orthogonalize(matrices):
-    """(n, a, b) -> (n, a, b) in bfloat16: the nearest matrices of singular values about 1 (Jordan et al. 2024)."""
+    """Return, in bfloat16, matrices near (n, a, b) whose singular values are all about 1 (Jordan et al. 2024)."""
     x = matrices.bfloat16()
     x = x.mT if x.size(1) > x.size(2) else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):  # 3.4445 s - 4.775 s^3 + 2.0315 s^5 of the singular values takes small ones fast towards 1
+    for _ in range(5):  # maps each singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, which moves small ones to 1
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
@@ -673,14 +552,14 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum for matrices (Jordan et al. 2024), scaled to the size of an AdamW update (Moonshot 2025).
+    """Orthogonalized momentum for matrices (Jordan et al. 2024), scaled to the size of AdamW's updates (Moonshot 2025).
 
-    So one rate and one weight decay serve both. torch.optim.Muon with match_rms_adamw is the same, but for query, key
-    and value: c_attn.weight (3C, C) holds them as one matrix, and here they are orthogonalized apart.
+    So one learning rate and one weight decay serve both optimizers. The same as torch.optim.Muon with match_rms_adamw,
+    except that query, key and value are orthogonalized separately, although c_attn.weight (3C, C) holds all three.
     """
 
     momentum = 0.95  # Jordan et al.
-    batch = 16  # weights of one shape that are multiplied together, and with FSDP are whole at a time
+    batch = 16  # weights of one shape that are multiplied together, and that FSDP gathers at once
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -701,20 +580,20 @@ class Muon(torch.optim.Optimizer):
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             average = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - self.momentum)
-            updates.append(gather(weight.grad.lerp(average, self.momentum).bfloat16()))  # Nesterov's: one step ahead
+            updates.append(gather(weight.grad.lerp(average, self.momentum).bfloat16()))  # Nesterov: one step ahead
         rows, columns = weights[0].shape
         parts = 3 if rows == 3 * columns else 1
         updates = orthogonalize(torch.stack(updates).view(-1, rows // parts, columns)).reshape(-1, rows, columns)
         scale = 0.2 * max(rows // parts, columns) ** 0.5  # 0.2: the root mean square of AdamW's updates
         for weight, update in zip(weights, updates):
             weight.mul_(1 - lr * weight_decay)
-            weight.add_(shard_like(weight, update.to(weight.dtype)), alpha=-lr * scale)
+            weight.add_(distributed.shard_like(weight, update.to(weight.dtype)), alpha=-lr * scale)
 
 
 def configure_optimizers(model, config):
-    """The list of optimizers that --optimizer names, over all parameters of the model, each once.
+    """Return the optimizers that --optimizer names; each parameter belongs to one of them. A new one is added here.
 
-    Weight decay falls on tensors of two dimensions and more (matrices and embeddings), not on biases and layer norms.
+    Weight decay applies to matrices and embeddings, not to biases and layer norms.
     """
     matrices, decayed, undecayed = [], [], []
     for name, parameter in model.named_parameters():
@@ -724,10 +603,7 @@ def configure_optimizers(model, config):
             matrices.append(parameter)
         else:
             decayed.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, config.lr, config.weight_decay))
@@ -735,7 +611,7 @@ def configure_optimizers(model, config):
 
 
 def get_lr(step, config):
-    """The learning rate of an update: linear warmup, then the schedule, to min_lr_ratio * lr at max_steps (GPT-3)."""
+    """Return the learning rate of an update: linear warmup, then down to min_lr_ratio * lr at max_steps (GPT-3)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if step >= config.max_steps:
@@ -745,50 +621,7 @@ def get_lr(step, config):
     return config.lr * (config.min_lr_ratio + left * (1.0 - config.min_lr_ratio))
 
 
-# --- runtime: which process this is, and what it computes on ----------------------------------------------------------
-
-
-EXIT_STOPPED = 75  # "try again" in the system's sysexits.h
-TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
-
-
-class Stopped(Exception):
-    """A signal has asked the run to stop, and every process raises this at the same point."""
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGINT or SIGUSR1 while it is entered, for the run to stop where its state can be saved.
-
-    A second signal ends the process at once, even one that hangs, since a thread watches. What comes within half a
-    second is the first one's echo: a scheduler may signal torchrun and its processes, and torchrun passes it on.
-    """
-
-    def __init__(self):
-        self.received = None  # the signal's name
-
-    def __enter__(self):
-        names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        self.writer, reader = socket.socketpair()
-        self.writer.setblocking(False)
-        signal.set_wakeup_fd(self.writer.fileno())  # to which each signal's number is written as it arrives
-        threading.Thread(target=self._watch, args=[reader], daemon=True).start()
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        self.writer.close()
-
-    def _watch(self, reader):
-        first = math.inf
-        while number := reader.recv(1):
-            if time.monotonic() - first > 0.5:
-                os._exit(128 + number[0])
-            if not self.received:
-                self.received, first = signal.Signals(number[0]).name, time.monotonic()
-        reader.close()
+# --- runtime: which process this is, and how it computes --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -802,125 +635,98 @@ class Runtime:
     stop: StopSignal = field(default_factory=StopSignal)
 
     def autocast(self):
-        """Matrix products in dtype, sums and losses in float32; nothing at all for float32."""
+        """Compute matrix products in dtype, but sums and losses in float32. Does nothing for float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def print0(self, *values):
         if self.rank == 0:
             print(*values, flush=True)
 
-    def sum_over_ranks(self, tensor):
-        """The sum of the processes' tensors, on every process (gloo has no average, so who wants one divides)."""
-        if self.world_size > 1:
-            tensor = tensor.to(self.device)
-            dist.all_reduce(tensor)
-        return tensor
-
-    def raise_if_stopped(self):
-        """Raise Stopped on every process if any of them has received a signal."""
-        if self.any_rank(self.stop.received is not None):
-            raise Stopped
-
-    def any_rank(self, flag):
-        """Whether the flag is set on any process: they meet here, on the CPU."""
-        flag = torch.tensor(flag, dtype=torch.uint8)
-        if self.world_size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def from_rank0(self, value):
-        """Rank 0's value, on every process: it is waited for."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, device=self.device)
-        return values[0]
-
-
-def pick_device(name):
-    """A device type by its flag. auto is the fastest one that is here."""
-    return hellaswag.pick_device(name) if name == "auto" else name
-
-
-def pick_dtype(name, device_type):
-    """auto is bfloat16 where the hardware multiplies it natively, float16 on older GPUs, float32 elsewhere."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device_type == "mps":
-        return torch.bfloat16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-    return torch.bfloat16 if any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
-
-
-def compiler_error(device):
-    """Why torch.compile does not work on this machine, or None. Found out by compiling one line."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
-    except Exception as error:  # Inductor, Triton and the compilers that they call each have errors of their own
-        return hellaswag.one_line(error)
-
-
-def fresh_store(rank):
-    """The key-value store through which the processes of this start find each other: rank 0 serves one of its own.
-
-    torchrun's store outlives a restart, and with it the addresses of processes that are gone (pytorch issue 167288).
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_store = dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
-    if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        agent_store.set("port of rank 0", str(store.port))
-        return store
-    while True:
-        try:
-            port = int(agent_store.get("port of rank 0"))
-            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-            store.set_timeout(TIMEOUT)
-            return store
-        except dist.DistNetworkError:
-            continue  # that port was of an earlier start: rank 0 is about to set its own
-
 
 def setup_runtime(config):
     """Join the other processes, if torchrun started several, and choose device, precision and compilation."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device_type = pick_device(config.device)
+    device_type = common.pick_device(config.device)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device_type == "cuda" else device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for products that autocast leaves in float32
     if world_size > 1:
-        on_gpu = device_type == "cuda"
-        # gloo beside NCCL, for what the processes agree on without waiting for their GPUs
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=fresh_store(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None,
-            rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device if on_gpu else None,
-        )  # fmt: skip
-    wants_compile = config.compile == "on" or (config.compile == "auto" and device_type != "mps")
-    error = compiler_error(device) if wants_compile else None
-    dtype = pick_dtype(config.dtype, device_type)
-    runtime = Runtime(rank, world_size, device, dtype, wants_compile and not error, config.fsdp)
-    if error:
-        runtime.print0(f"warning: torch.compile does not work here ({error}): running without it, more slowly")
-    return runtime
+        distributed.join_processes(rank, world_size, device)
+    can_compile = common.can_compile(config.compile, device, warns=rank == 0)
+    return Runtime(rank, world_size, device, common.pick_dtype(config.dtype, device_type), can_compile, config.fsdp)
 
 
-# dense bfloat16 FLOP/s of the datasheets, for the MFU; the first name that the device's contains counts
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}
+def wrap_model(raw_model, runtime):
+    """Return the model to train: compiled, and with several processes averaging its gradients over them."""
+    if runtime.fsdp:
+        return distributed.shard_model(raw_model, runtime.device.type, runtime.dtype, runtime.compile)
+    model = torch.compile(raw_model, dynamic=False, fullgraph=True) if runtime.compile else raw_model
+    if runtime.world_size > 1:
+        device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return model
 
 
-def flops_per_token(config, T):
-    """FLOPs of a training step per token: 6 for each weight that multiplies, 12·L·C·T for attention (PaLM, app. B)."""
-    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
-    return 6 * weights + 12 * config.n_layer * config.n_embd * T
+def rows_per_step(config, world_size):
+    """Return how many sequences each process computes for one update."""
+    return config.total_batch_tokens // (config.seq_len * world_size)
 
 
-def peak_flops(device):
-    """The device's peak in FLOP/s, or None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+def pick_micro_batch(raw_model, config, runtime):
+    """Return the rows of a micro-batch: --micro_batch, or for auto the most that fit and divide a process's rows.
+
+    On a GPU the sizes are tried without compilation, which needs more memory than a compiled step. Raises UserError.
+    """
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    rows = rows_per_step(config, runtime.world_size)
+    most = min(rows, max(1, AUTO_TOKENS[runtime.device.type] // config.seq_len))
+    for size in (size for size in range(most, 0, -1) if rows % size == 0):
+        shape = size, config.seq_len, runtime.autocast(), config.fsdp
+        if not any_rank(runtime.device.type == "cuda" and not distributed.fits_in_memory(raw_model, *shape)):
+            return size
+    fix = "give --micro_batch: the search runs before the model is sharded" if config.fsdp else "lower it, or --n_layer"
+    raise UserError(f"not one sequence of --seq_len {config.seq_len} fits in this GPU's memory: {fix}")
+
+
+# --- the training step ------------------------------------------------------------------------------------------------
+
+
+def train_step(model, optimizers, scaler, loader, step, config, runtime):
+    """Do one update with the next global batch. Return its mean loss (nats per token) and the norm of its gradient.
+
+    If one of the two is not finite, nothing is updated. Raises Stopped between micro-steps.
+    """
+    grad_accum_steps = rows_per_step(config, runtime.world_size) // loader.B
+    # dropout's masks depend only on the step and the process, so a resumed run draws the same ones
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, runtime.rank]).generate_state(1)[0]))
+    loss_sum = torch.zeros((), device=runtime.device)
+    for micro_step in range(grad_accum_steps):
+        runtime.stop.raise_if_received()
+        x, y = loader.next_batch()
+        # gradients add up locally; only the last backward pass averages them over the processes
+        with distributed.gradient_sync(model, on=micro_step == grad_accum_steps - 1):
+            with runtime.autocast():
+                _, loss = model(x, y)
+            # backward passes add gradients, and the sum over micro-batches is not the mean over the batch: divide first
+            loss = loss / grad_accum_steps
+            scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    # the only time in a step that the host waits for the device
+    loss, norm = (sum_over_ranks(torch.stack([loss_sum, norm]), runtime.device) / runtime.world_size).tolist()
+    is_finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all processes
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, config)
+        if is_finite:  # float16 may overflow: then no optimizer may update
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss, norm
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -928,65 +734,61 @@ def peak_flops(device):
 
 @torch.no_grad()
 def validation_loss(model, loader, val_tokens, runtime):
-    """Mean loss in nats per token over the first val_tokens of the split (all of it, if it is smaller).
+    """Return the mean loss, in nats per token, over the first val_tokens of the split, or all of a smaller one.
 
-    The same tokens on every layout: what fills the last batch up is ignored, and the mean is over tokens, not batches.
-    Raises Stopped.
+    The tokens are the same for any number of processes and any B: the mean is over tokens, and rows that only fill up
+    the last batch are ignored. Raises Stopped.
     """
     B, T = loader.B, loader.T
     rows = min(val_tokens // T, loader.num_rows)
     losses, counts = [], []
     for round_start in range(0, rows, runtime.world_size * B):
-        runtime.raise_if_stopped()
+        runtime.stop.raise_if_received()
         first = round_start + runtime.rank * B
-        own = max(0, min(B, rows - first))  # 0 where the rows run out: a model in shards needs all processes to call it
+        own = max(0, min(B, rows - first))  # may be 0 at the end: a sharded model needs all processes to call it
         x, y = loader.rows(range(first, first + B))
         y = y.clone()  # x and y are views of the same tokens
-        y[own:] = -100  # the rows past the end, which head_loss leaves out
+        y[own:] = -100  # head_loss ignores these
         with runtime.autocast():
             _, loss = model(x, y)
         losses.append(loss)
         counts.append(own * T)
     losses = torch.stack(losses).cpu().double()
     total = (losses * torch.tensor(counts, dtype=torch.float64)).sum()
-    return runtime.sum_over_ranks(total).item() / (rows * T)
+    return sum_over_ranks(total, runtime.device).item() / (rows * T)
 
 
 def load_hellaswag(config, encoding, block_size, runtime):
-    """The rows to score, tokenized; None where they are not wanted, not to be had or too long. Alike on all ranks."""
-    if config.hellaswag_file == "none" or encoding.name != "gpt2":
-        return None
+    """Return HellaSwag's rows as tokens, the same on all ranks, or None if they are not wanted or not available."""
     examples = None
-    if runtime.rank == 0:
+    if runtime.rank == 0 and config.hellaswag_file != "none" and encoding.name == "gpt2":
         try:
             rows = hellaswag.find_rows(config.hellaswag_file)
             examples = hellaswag.prepare(rows, encoding.encode_ordinary, block_size)  # once for all evaluations
-        except hellaswag.HellaSwagError as error:
+        except UserError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
-                raise  # a file that was asked for
-            runtime.print0(f"training without HellaSwag: {error}")
-    return runtime.from_rank0(examples)
+                raise  # the user asked for this file
+            print(f"training continues without HellaSwag: {error}", flush=True)
+    return from_rank0(examples, runtime.device)
 
 
 def hellaswag_accuracy(raw_model, rows, runtime):
-    """HellaSwag's acc_norm, completion style, over all rows. Raises Stopped."""
+    """Return HellaSwag's acc_norm, completion style, over all rows. Raises Stopped."""
 
     def trunk(*inputs):
-        runtime.raise_if_stopped()  # all ranks call it equally often
+        runtime.stop.raise_if_received()  # all ranks call it equally often
         return raw_model.trunk(*inputs)
 
-    counts = hellaswag.evaluate(
-        trunk, raw_model.head, None, rows, runtime.rank, runtime.world_size, device=runtime.device
-    )
-    total, correct_norm = runtime.sum_over_ranks(torch.tensor([counts.total, counts.correct_norm])).tolist()
+    ranks = runtime.rank, runtime.world_size
+    counts = hellaswag.evaluate(trunk, raw_model.head, None, rows, *ranks, device=runtime.device)
+    total, correct_norm = sum_over_ranks(torch.tensor(counts[::2]), runtime.device).tolist()
     return correct_norm / total
 
 
 def print_samples(raw_model, encoding, config, runtime):
-    """Print continuations of --prompt: the same draw each time, so that only the model's progress shows."""
+    """Print continuations of --prompt. The random numbers are always the same: only the model's progress shows."""
     prompt = torch.tensor(encoding.encode_ordinary(config.prompt), device=runtime.device)
-    # a generator of its own, so that looking does not change the run
-    generator = torch.Generator(runtime.device).manual_seed(config.sample_seed)
+    generator = torch.Generator(runtime.device).manual_seed(config.sample_seed)  # does not disturb the run's own
     tokens = [prompt.expand(config.num_samples, -1)]
     with runtime.autocast():
         for next_ids in raw_model.stream(tokens[0], config.max_new_tokens, generator=generator):
@@ -997,312 +799,84 @@ def print_samples(raw_model, encoding, config, runtime):
         print(f"sample {i}: {encoding.decode(row)}", flush=True)
 
 
-class Log:
-    """OUT/log.txt: a `step stream value` a line, build-nanogpt's grammar. What a full disk refuses waits in memory."""
-
-    def __init__(self, out_dir):
-        self.path, self.waiting, self.refused, self.tracker = Path(out_dir) / "log.txt", b"", False, None
-
-    def start_tracker(self, model_config, config):
-        """Send the values to --tracker, too. Its id is in the folder, for a resumed run to go on where that one was."""
-        id_file = self.path.with_name("tracker_id")
-        if not id_file.exists():
-            id_file.write_text(os.urandom(4).hex())
-        options = {"id": id_file.read_text()} if config.tracker == "wandb" else {}  # trackio knows a run by its name
-        options |= {"name": f"{self.path.absolute().parent.name}-{id_file.read_text()}", "resume": "allow"}
-        self.tracker = config.tracker
-        self.track("init", project="gpt2", config={**asdict(model_config), **asdict(config)}, **options)
-
-    def track(self, function, *values, **options):
-        """Call a function of the tracker, if there is one. Where it fails, training goes on without it."""
-        try:
-            if self.tracker:
-                getattr(importlib.import_module(self.tracker), function)(*values, **options)
-        except Exception as error:  # of its import, its network and itself, each in its own way
-            print(f"warning: on without the tracker: {hellaswag.one_line(error)}", file=sys.stderr, flush=True)
-            self.tracker = None
-
-    def write(self, step, **values):
-        """Append a line for each value."""
-        self.track("log", values, step=step)
-        self.waiting += "".join(f"{step} {stream} {value:.8g}\n" for stream, value in values.items()).encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                self.waiting = self.waiting[file.write(self.waiting) :]  # a disk about to be full takes a part
-            self.refused = False
-        except OSError as error:
-            if not self.refused:
-                print(f"warning: {self.path} cannot be written ({error}), its lines wait", file=sys.stderr, flush=True)
-            self.refused = True
+def evaluate(step, training, config, runtime):
+    """Measure, print and log what is due at this step. Raises Stopped, and then nothing is logged."""
+    last_step = step == config.max_steps
+    evaluates = step % config.eval_interval == 0 or last_step
+    samples = step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step)
+    training.raw_model.eval()  # turns dropout off, also in `model`, which has the same modules
+    results, times = {}, [time.perf_counter()]
+    if evaluates:
+        results["val"] = validation_loss(training.model, training.val_loader, config.val_tokens, runtime)
+        times.append(time.perf_counter())
+    whole = distributed.whole_model(training.raw_model) if samples or training.hellaswag_rows else None
+    if evaluates and training.hellaswag_rows:
+        results["hella"] = hellaswag_accuracy(whole, training.hellaswag_rows, runtime)
+        times.append(time.perf_counter())
+    if evaluates:
+        spans = zip(results.items(), times, times[1:])
+        parts = [f"{name}: {value:.4f} ({end - start:.1f} s)" for (name, value), start, end in spans]
+        runtime.print0(f"step {step:5d} | " + " | ".join(parts))
+    if evaluates and runtime.rank == 0:
+        training.log.write(step, **results)
+        with suppress(OSError):  # a full disk, about which the log has already warned
+            figure = runlog.draw_curve({"": runlog.read_log(training.log.path)}, fineweb.read_manifest(config.data_dir))
+            figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
+    if samples and runtime.rank == 0:
+        print_samples(whole, training.encoding, config, runtime)
+    training.raw_model.train()
 
 
-def read_log(path):
-    """{stream: (steps, values)} of a log.txt, ours or build-nanogpt's, each a list in the order of the file."""
-    streams = {}
-    for line in Path(path).read_text().rpartition("\n")[0].splitlines():  # what follows the last end is half a line
-        step, stream, value = line.split()
-        steps, values = streams.setdefault(stream, ([], []))
-        steps.append(int(step))
-        values.append(float(value))
-    return streams
+# --- setting up a run, and resuming one -------------------------------------------------------------------------------
 
 
-# what OpenAI's models reach: GPT-2's loss on FineWeb-Edu's validation shard and HellaSwag acc_norm (both from
-# build-nanogpt), GPT-3's HellaSwag (its paper). The first three are always in the picture, the others where it reaches
-REFERENCES = {
-    "val": {"GPT-2 124M": 3.2924},
-    "hella": {"chance": 0.25, "GPT-2 124M": 0.294463, "GPT-3 125M": 0.337, "GPT-2 350M": 0.375224, "GPT-3 350M": 0.436,
-              "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
-}  # fmt: skip
+class Start(NamedTuple):
+    """Where a run starts: its first step, the updates skipped just before it, and whether it is already evaluated."""
+
+    step: int = 0
+    skipped: int = 0
+    evaluated: bool = False
 
 
-def draw_curve(logs, manifest):
-    """A matplotlib Figure of {label: log, as read_log gives it}: losses and, where one has them, HellaSwag accuracies.
+class Training(NamedTuple):
+    """The parts of a training run."""
 
-    manifest: of their data. OpenAI's loss is one per GPT-2 token of FineWeb-Edu, so it is drawn beside no other.
+    raw_model: GPT  # for evaluation with varying shapes, samples and checkpoints
+    model: nn.Module  # the same weights, compiled and wrapped, to train: see wrap_model
+    optimizers: list
+    scaler: torch.amp.GradScaler
+    loader: DataLoaderLite
+    val_loader: DataLoaderLite
+    fingerprint: dict  # of the data
+    encoding: tiktoken.Encoding
+    hellaswag_rows: list | None
+    log: runlog.Log
+
+
+def training_state(step, skipped, training, flags):
+    """Return what a resumed run needs besides the weights: plain tensors, numbers and dicts.
+
+    skipped: how many updates just before this step were skipped. flags: {name: value} of both configurations.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    gpt2, edu = manifest["encoding"] == "gpt2", "fineweb-edu" in manifest.get("source", "")
-    ylabels = {"val": f"loss, nats per {'token' if gpt2 else 'byte'}", "hella": "HellaSwag acc_norm"}
-    panels = [name for name in ylabels if name == "val" or any(name in log for log in logs.values())]
-    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for i, (label, log) in enumerate(logs.items()):
-            if panel == "val" and "train" in log:
-                steps, losses = log["train"]
-                n = len(steps) // 100 + 1  # single steps are noisy: draw their mean over 1% of the run, too
-                mean = np.convolve(losses, np.full(n, 1 / n), "valid")
-                axes.plot(steps, losses, color=f"C{i}", lw=0.5, alpha=0.3)
-                axes.plot(steps[n // 2 :][: len(mean)], mean, color=f"C{i}", label=f"{label} train")
-            if panel in log:
-                style = {"color": f"C{i}", "marker": "o", "ms": 4, "mec": "black", "ls": "" if panel == "val" else "-"}
-                axes.plot(*log[panel], label=f"{label} {panel}, last {log[panel][1][-1]:.4f}", **style)
-        drawn = [value for line in axes.lines for value in line.get_ydata() if math.isfinite(value)]
-        known = REFERENCES[panel] if gpt2 and (edu or panel == "hella") else {}
-        for name, value in known.items():
-            va, ls = ("top", "--") if "GPT-2" in name else ("bottom", ":")  # some of GPT-2's and GPT-3's lie close
-            axes.axhline(value, color="gray", lw=1, ls=ls, zorder=1)
-            at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": True}
-            axes.annotate(f"{name}, {value:.3f}", (1, value), (4, 0), va=va, color="gray", fontsize=8, **at)
-        # 0.95: the first steps' losses would press all others flat
-        low, high = np.quantile([*drawn, *list(known.values())[:3]] or [0], [0, 0.95 if panel == "val" else 1])
-        margin = 0.05 * (high - low) or 1
-        axes.set(xlabel="step", ylabel=ylabels[panel], ylim=(low - margin, high + margin))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(logs))
-    return figure
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(out_dir, raw_model, encoding, state, weights=None):
-    """Write OUT/checkpoints/step_NNNNNN: a Hugging Face GPT-2 folder, and training_state.pt beside the weights.
-
-    All is written under a name that begins with a dot and flushed to the disk before the folder gets its own name: a
-    folder that bears its final name is complete, whatever happens. A save that fails leaves nothing. state: as
-    training_state gives it. weights: as pretrained_weights gave them; now, unless given. Returns the folder.
-    """
-    final = Path(out_dir) / "checkpoints" / f"step_{state['step']:06d}"
-    temporary = final.with_name(f".{final.name}")
-    try:
-        raw_model.save_pretrained(temporary, weights)
-        fineweb.save_tokenizer(encoding, temporary, raw_model.config.block_size)
-        with open(temporary / "training_state.pt", "wb") as file:
-            torch.save(state, file)
-        for path in [*temporary.iterdir(), temporary]:
-            flush_to_disk(path)
-        os.replace(temporary, final)
-        for path in [final.parent, final.parent.parent]:
-            flush_to_disk(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
-def flush_to_disk(path):
-    """Make a file's bytes, or a folder's names, outlive a power cut."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows has no such call for folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def training_state(step, skipped, run, config):
-    """What training needs beside the weights to go on: plain tensors, numbers and dicts."""
     return {
         "step": step,
         "skipped": skipped,
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "scaler": run.scaler.state_dict(),
-        "loader": run.loader.position,
-        "rng": torch.get_rng_state(),  # for forks that draw from it: train_step seeds it anew
-        "fingerprint": run.fingerprint,
-        "config": {**asdict(run.raw_model.config), **asdict(config)},
+        "optimizers": [optimizer.state_dict() for optimizer in training.optimizers],
+        "scaler": training.scaler.state_dict(),
+        "loader": training.loader.position,
+        "rng": torch.get_rng_state(),  # for forks that use it: train_step sets its own seed
+        "fingerprint": training.fingerprint,
+        "config": flags,
     }
 
 
-def copy_to_cpu(value, keep):
-    """Copies of all tensors in nested dicts and lists, which training goes on without changing.
-
-    keep: whether this process wants them; one that does not has None for each, having helped to gather those in shards.
-    """
-    if isinstance(value, torch.Tensor):
-        whole = gather(value)
-        return whole.to("cpu", copy=True) if keep else None
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(inner, keep) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [copy_to_cpu(inner, keep) for inner in value]
-    return value
-
-
-class CheckpointWriter:
-    """Saves on a thread, from copies, so that training waits for these alone; one checkpoint at a time."""
-
-    def __init__(self, thread, config, run, runtime, newest_step):
-        self.thread, self.config, self.run, self.runtime, self.newest_step = thread, config, run, runtime, newest_step
-        self.last = None  # the future of the last save, on rank 0
-
-    def failed(self):
-        """Whether the last save is over and has failed. It has said so, and the older checkpoints are as they were."""
-        return self.last is not None and self.last.done() and self.last.exception() is not None
-
-    def save(self, step, skipped):
-        """Save the state at this step, unless the newest checkpoint is of it: all processes gather, rank 0 writes."""
-        if self.last:
-            self.last.exception()  # waits for its end
-        if self.runtime.any_rank(step != self.newest_step or self.failed()):
-            self.newest_step, writes = step, self.runtime.rank == 0
-            state = copy_to_cpu(training_state(step, skipped, self.run, self.config), keep=writes)
-            whole = whole_model(self.run.raw_model)
-            if writes:
-                self.last = self.thread.submit(self._write, whole.pretrained_weights(), state)
-
-    def finish(self):
-        """Wait for the last save. Raises ConfigError where it has failed."""
-        if self.last and self.last.exception():
-            raise ConfigError(
-                f"{self.config.out_dir} lacks the checkpoint of step {self.newest_step}: "
-                "mend what the error above says, and go on from the one before with --resume"
-            )
-
-    def _write(self, weights, state):
-        config, run = self.config, self.run
-        try:
-            if not all(weight.isfinite().all() for weight in weights.values()):
-                raise ConfigError("its weights are not finite")
-            folder = save_checkpoint(config.out_dir, run.raw_model, run.encoding, state, weights)
-            print(f"saved {folder}\n", end="", flush=True)  # a whole line at once, for training prints too
-        except Exception as error:  # of the system, of torch or of safetensors, each in its own way
-            reason = f"{hellaswag.one_line(error)}: the older checkpoints stay, the next evaluation tries again"
-            print(f"error: saving step {state['step']} failed, {reason}\n", end="", file=sys.stderr, flush=True)
-            raise
-        for folder in hellaswag.list_checkpoints(config.out_dir)[: -config.keep_checkpoints]:
-            with suppress(OSError):  # one that another program has open goes the next time
-                delete_checkpoint(folder)
-
-
-def delete_checkpoint(folder):
-    """Delete a checkpoint, under another name: one that bears its own is complete even when this is cut short."""
-    doomed = folder.with_name(f".{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def lock_out_dir(out_dir):
-    """Make the output folder, and lock it for as long as this process lives, however it ends. Raises ConfigError."""
-    path = Path(out_dir) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-        return lock
-    except Timeout:
-        mend = "wait for its end or give another --out_dir"
-        unlocked = f"where a file system without locks has kept {path} from a run that was killed, delete it"
-        raise ConfigError(f"another run is writing to {out_dir}: {mend}; {unlocked}") from None
-
-
-def load_checkpoint(out_dir, runtime):
-    """The newest checkpoint that is whole: (training state, weights, folders of newer ones that are damaged).
-
-    All on the CPU; (None, None, []) if there is none. Raises ConfigError where all are damaged, where the disk fails,
-    or where the processes do not see the same ones.
-    """
-    from safetensors.torch import load_file
-
-    state, weights, damaged = None, None, []
-    for folder in reversed(hellaswag.list_checkpoints(out_dir)):
-        try:
-            saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-            needed = {"step", "skipped", "optimizers", "scaler", "loader", "rng", "fingerprint", "config"}
-            if lacking := needed - saved.keys():
-                raise ValueError(f"its training_state.pt lacks {min(lacking)}")
-            state, weights = saved, load_file(folder / "model.safetensors")
-            break
-        except Exception as error:  # of zip, pickle, safetensors, …: whatever a damaged file makes its readers raise
-            reason = hellaswag.one_line(error)
-            if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
-                raise ConfigError(f"cannot read {folder} ({reason}): mend that, and --resume") from error
-            runtime.print0(f"warning: {folder} is damaged: {reason}")
-            damaged.append(folder)
-    step = state and state["step"]
-    if runtime.from_rank0(step) != step:
-        raise ConfigError(f"the processes see different checkpoints in {out_dir}: it must be a folder that all share")
-    if damaged and not state:
-        raise ConfigError(f"all checkpoints in {out_dir} are damaged: move them away, or give another --out_dir")
-    return state, weights, damaged
-
-
-# What a resumed run may change at will: where and how it computes, and what it measures on the way; and what it may
-# change when --override names it. All else shapes the saved tensors or the rows of the data.
-CHANGEABLE = frozenset(
-    "preset data_dir out_dir resume overwrite override micro_batch device dtype compile flash vocab_size eval_interval "
-    "val_tokens save_interval keep_checkpoints sample_interval prompt num_samples max_new_tokens hellaswag_file "
-    "tracker fsdp activation_checkpointing".split()
-)
-OVERRIDABLE = frozenset(
-    "data_dir dropout grad_clip init_from lr max_steps min_lr_ratio schedule seed shuffle total_batch_tokens "
-    "warmup_steps weight_decay".split()
-)
-
-
-def check_resumable(state, model_config, config, fingerprint):
-    """Raise ConfigError with what a run would do differently from the one that it goes on from, a line for each."""
-    errors, here = [], f"the run in {config.out_dir}"
-    model_flags = {"dropout": model_config.dropout} if config.init_from else asdict(model_config)
-    before, now = {"dropout": 0.0} | state["config"], asdict(config) | model_flags  # older checkpoints lack it
-    for name in sorted(now.keys() & before.keys() - CHANGEABLE):
-        if now[name] != before[name] and name not in config.override:
-            way_out = f"allow it with --override {name}" if name in OVERRIDABLE else "start another --out_dir"
-            errors.append(f"--{name} is {now[name]}, {here} has {before[name]}: give that, or {way_out}")
-    before, now = state["fingerprint"], fingerprint
-    if now["encoding"] != before["encoding"]:
-        way_out = "give its --data_dir, or start another --out_dir"
-        errors.append(f"{config.data_dir} has {now['encoding']} tokens, {here} {before['encoding']} tokens: {way_out}")
-    elif "data_dir" not in config.override:
-        changed = sorted(name for name in now | before if now.get(name) != before.get(name))
-        for name in changed[:1]:
-            change = f"is {now.get(name, 'gone')}, {here} has had {before.get(name, 'no such shard')}"
-            others = f" ({len(changed) - 1} other shards differ too)" if changed[1:] else ""
-            way_out = "restore the data, or allow it with --override data_dir"
-            errors.append(f"{Path(config.data_dir, name)} {change}{others}: {way_out}")
-    if errors:
-        raise ConfigError("\n".join(errors))
-
-
 def restore(state, optimizers, scaler, loader):
-    """Put back what training needs beside the weights."""
+    """Load a training state, except for the weights."""
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # the rates and decays of this run, which may have changed
+        groups = optimizer.state_dict()["param_groups"]  # this run's learning rate and decay, which may have changed
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         moments = {
-            i: {name: shard_like(parameters[i], value) for name, value in values.items()}
+            i: {name: distributed.shard_like(parameters[i], value) for name, value in values.items()}
             for i, values in saved["state"].items()
         }
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -1312,201 +886,38 @@ def restore(state, optimizers, scaler, loader):
     torch.set_rng_state(state["rng"])
 
 
-def open_out_dir(config, resumed_step, damaged):
-    """Rid the output folder of the run that --overwrite gives up, or of what is from beyond the step to resume at.
-
-    Touches log.txt, curve.png, tracker_id and checkpoints, nothing else; damaged checkpoints are set aside. Returns
-    whether the log has that step's evaluation. Raises ConfigError.
-    """
-    out_dir = Path(config.out_dir)
-    for unfinished in out_dir.glob("checkpoints/.step_*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    for folder in damaged:
-        aside = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-    if resumed_step is not None:
-        return cut_log(out_dir / "log.txt", resumed_step)
-    for folder in hellaswag.list_checkpoints(out_dir):
-        if not config.overwrite:
-            raise ConfigError(f"{folder} has appeared since this run was started: start it again")
-        delete_checkpoint(folder)
-    for name in ("log.txt", "curve.png", "tracker_id"):
-        (out_dir / name).unlink(missing_ok=True)
-    return False
+def load_checkpoint(config, runtime):
+    """Return (training state, weights, damaged folders) of the newest whole checkpoint, or (None, None, {})."""
+    state, weights, damaged = checkpoints.load_newest(config.out_dir) if config.resume else (None, None, {})
+    for folder, reason in damaged.items():
+        runtime.print0(f"warning: {folder} is damaged: {reason}")
+    step = state and state["step"]
+    if from_rank0(step, runtime.device) != step:
+        raise UserError(f"the processes see different checkpoints in {config.out_dir}: use a folder that all share")
+    return state, weights, damaged
 
 
-def cut_log(path, step):
-    """Drop a log's lines from beyond the state at this step. Returns whether its evaluation is among the rest."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept, evaluated = [], False
-    for line in lines:
-        number, stream, *_ = [*line.split(), "", ""]
-        evaluation = number == str(step) and stream in ("val", "hella")
-        if number.isdigit() and (int(number) < step or evaluation) and line.endswith("\n"):
-            kept.append(line)
-            evaluated |= evaluation
-    if len(kept) < len(lines):
-        with fineweb.atomic_write(path) as file:
-            file.write("".join(kept).encode())
-    return evaluated
+def check_continuation(state, model_config, config, fingerprint):
+    """Raise UserError if this run differs from the one that it resumes in what it may not change."""
+    flags = {**asdict(config), **({"dropout": model_config.dropout} if config.init_from else asdict(model_config))}
+    flags = {name: value for name, value in flags.items() if FLAGS[name]["resume"] != "free"}
+    checkpoints.check_flags(state["config"], flags, config.out_dir, OVERRIDABLE, config.override)
+    checkpoints.check_data(state["fingerprint"], fingerprint, config.data_dir, config.out_dir, config.override)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """The parts of a training run."""
-
-    raw_model: GPT
-    model: nn.Module  # the same weights, to train through: see wrap_model
-    optimizers: list
-    scaler: torch.amp.GradScaler
-    loader: DataLoaderLite
-    val_loader: DataLoaderLite
-    fingerprint: dict  # of the data
-    encoding: tiktoken.Encoding
-    hellaswag_rows: list | None
-    log: Log
-
-
-def wrap_model(raw_model, runtime):
-    """The handle to train through: compiled, and synchronizing gradients where there are several processes."""
-    if runtime.fsdp:
-        return shard_model(raw_model, runtime)
-    model = torch.compile(raw_model, dynamic=False, fullgraph=True) if runtime.compile else raw_model
-    if runtime.world_size > 1:
-        device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    return model
-
-
-def pick_micro_batch(raw_model, config, runtime):
-    """Rows of a micro-batch: --micro_batch, or for auto the most that fit and divide a process's share of the batch.
-
-    On a GPU the sizes are tried, eagerly, which takes more memory than a compiled step. Raises ConfigError.
-    """
-    if config.micro_batch != "auto":
-        return config.micro_batch
-    rows = config.total_batch_tokens // (config.seq_len * runtime.world_size)
-    most = min(rows, max(1, config.auto_tokens[runtime.device.type] // config.seq_len))
-    for size in (size for size in range(most, 0, -1) if rows % size == 0):
-        failed = runtime.device.type == "cuda" and not fits_in_memory(raw_model, size, config.seq_len, runtime)
-        if not runtime.any_rank(failed):
-            return size
-    hint = "give --micro_batch, for what was tried was not in shards yet" if config.fsdp else "shorten it, or --n_layer"
-    raise ConfigError(f"not one row of --seq_len {config.seq_len} fits in this GPU's memory: {hint}")
-
-
-def fits_in_memory(raw_model, B, T, runtime):
-    """Whether a GPU can do a forward and a backward pass of (B, T) tokens beside earlier gradients and two moments.
-
-    The model is not yet in shards: with FSDP, which will keep 1/world_size of weights, gradients and moments, and all
-    of the earlier gradients, the pass's own whole weights and gradients stand in for as much of that.
-    """
-    fits = True
-    times = max(0, 4 / runtime.world_size + 1 - 2) if runtime.fsdp else 3  # the size of the parameters
-    try:
-        ballast = torch.empty(int(times * raw_model.num_params()), device=runtime.device)
-        tokens = torch.zeros(B, T, dtype=torch.long, device=runtime.device)
-        with runtime.autocast():
-            raw_model(tokens, tokens)[1].backward()
-        del ballast
-    except RuntimeError as error:  # torch's own, and that of cuBLAS, which allocates by itself
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
-            raise
-        fits = False
-    raw_model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return fits
-
-
-def gradient_sync(model, on):
-    """The context of a backward pass that averages the gradients over the processes, or leaves that to a later one."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
-        model.set_requires_gradient_sync(on)
-        model.set_is_last_backward(on)
-    return nullcontext() if on else getattr(model, "no_sync", nullcontext)()
-
-
-def train_step(model, optimizers, scaler, loader, step, config, runtime):
-    """One update from the next global batch. Returns its mean loss (nats per token), and the gradient's norm.
-
-    Where one of them is not finite, nothing is updated. Raises Stopped between micro-steps.
-    """
-    grad_accum_steps = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
-    # dropout's masks: of this step and process alone, so that a resumed run draws the same
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, runtime.rank]).generate_state(1)[0]))
-    loss_sum = torch.zeros((), device=runtime.device)
-    for micro_step in range(grad_accum_steps):
-        runtime.raise_if_stopped()
-        x, y = loader.next_batch()
-        # gradients add up locally; only the last backward pass averages them over the processes
-        with gradient_sync(model, on=micro_step == grad_accum_steps - 1):
-            with runtime.autocast():
-                _, loss = model(x, y)
-            # backward passes add gradients, and a sum over micro-batches is not the mean over the batch: divide first
-            loss = loss / grad_accum_steps
-            scaler.scale(loss).backward()
-        loss_sum += loss.detach()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-    # the one time a step that the host waits for the device
-    loss, norm = (runtime.sum_over_ranks(torch.stack([loss_sum, norm])) / runtime.world_size).tolist()
-    finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all processes
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, config)
-        if finite:  # else, as when float16 overflows, no optimizer may step
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return loss, norm
-
-
-def evaluate(step, run, config, runtime):
-    """Measure, print and log what is due at this step. Raises Stopped, with nothing logged."""
-    last_step = step == config.max_steps
-    run.raw_model.eval()  # without dropout, and so model, which shares its modules
-    evaluates = step % config.eval_interval == 0 or last_step
-    samples = step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step)
-    if evaluates:
-        times = [time.perf_counter()]
-        results = {"val": validation_loss(run.model, run.val_loader, config.val_tokens, runtime)}
-        times.append(time.perf_counter())
-        if run.hellaswag_rows:
-            results["hella"] = hellaswag_accuracy(whole_model(run.raw_model), run.hellaswag_rows, runtime)
-            times.append(time.perf_counter())
-        parts = [
-            f"{name}: {value:.4f} ({b - a:.1f} s)" for (name, value), a, b in zip(results.items(), times, times[1:])
-        ]
-        runtime.print0(f"step {step:5d} | " + " | ".join(parts))
-        if runtime.rank == 0:
-            run.log.write(step, **results)
-            with suppress(OSError):  # of a full disk, which the log has named
-                figure = draw_curve({"": read_log(run.log.path)}, fineweb.read_manifest(config.data_dir))
-                figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
-    if samples:
-        whole = whole_model(run.raw_model)  # all processes gather it, and one draws
-        if runtime.rank == 0:
-            print_samples(whole, run.encoding, config, runtime)
-    run.raw_model.train()
-
-
-def load_model(model_config, encoding, config):
-    """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
+def new_model(model_config, encoding, config):
+    """Return the model to train, on the CPU: new, or the one that --init_from names if it fits the data."""
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
-    folder = hellaswag.newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
+    folder = checkpoints.newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
     model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout)
     if model.config.vocab_size != encoding.n_vocab:
-        raise ConfigError(
-            f"--init_from {config.init_from} knows {model.config.vocab_size} ids, the shards of {config.data_dir} have "
-            f"{encoding.n_vocab}: shard the text in the model's encoding, with python fineweb.py --encoding"
+        raise UserError(
+            f"--init_from {config.init_from} has {model.config.vocab_size} ids, but the shards in {config.data_dir} "
+            f"have {encoding.n_vocab}: create shards in the model's encoding with python fineweb.py --encoding"
         )
     if model.config.block_size < config.seq_len:
-        raise ConfigError(
+        raise UserError(
             f"--seq_len {config.seq_len} is more than --init_from {config.init_from} can read: "
             f"give --seq_len {model.config.block_size}"
         )
@@ -1514,305 +925,270 @@ def load_model(model_config, encoding, config):
 
 
 def set_up(model_config, config, runtime, state, weights):
-    """The parts of a run: a new one's, or those of the checkpoint with this training state and these weights."""
+    """Return the parts of a new run, or of the one with this training state and these weights. Raises UserError."""
     torch.manual_seed(config.seed)
     encoding = fineweb.get_encoding(fineweb.read_manifest(config.data_dir)["encoding"])
-    layout = 1, config.seq_len, runtime.rank, runtime.world_size  # one row, until it is known how many fit
+    layout = 1, config.seq_len, runtime.rank, runtime.world_size  # B is 1 until it is known how many rows fit
     loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed, runtime.device)
     val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False, device=runtime.device)
-    fingerprint = {"encoding": encoding.name, **val_loader.fingerprint(), **loader.fingerprint()}
+    fingerprint = {"encoding": encoding.name, **fineweb.fingerprint(val_loader.paths + loader.paths)}
     if state:
-        check_resumable(state, model_config, config, fingerprint)
+        check_continuation(state, model_config, config, fingerprint)
         shape = {name: state["config"][name] for name in asdict(model_config).keys() - {"flash", "dropout"}}
         raw_model = GPT(replace(model_config, **shape))
         raw_model.load_pretrained_weights(weights)
     else:
-        raw_model = load_model(model_config, encoding, config)
-    raw_model.activation_checkpointing = config.activation_checkpointing
+        raw_model = new_model(model_config, encoding, config)
+    raw_model.set_activation_checkpointing(config.activation_checkpointing)
     raw_model.to(runtime.device)
     loader.B = val_loader.B = pick_micro_batch(raw_model, config, runtime)
     hellaswag_rows = load_hellaswag(config, encoding, raw_model.config.block_size, runtime)
-    model = wrap_model(raw_model, runtime)  # first, for shards are parameters of their own
+    model = wrap_model(raw_model, runtime)  # before the optimizers, because it replaces the parameters with shards
     optimizers = configure_optimizers(raw_model, config)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if state:
         restore(state, optimizers, scaler, loader)
-    log = Log(config.out_dir)
-    return Run(raw_model, model, optimizers, scaler, loader, val_loader, fingerprint, encoding, hellaswag_rows, log)
+    loaders, log = (loader, val_loader), runlog.Log(config.out_dir)
+    return Training(raw_model, model, optimizers, scaler, *loaders, fingerprint, encoding, hellaswag_rows, log)
+
+
+# --- the training loop ------------------------------------------------------------------------------------------------
 
 
 def train(model_config, config, runtime):
-    """Run steps 0 … max_steps, each evaluated before it is updated, so that the last line is of the finished model.
-
-    Raises Stopped once a signal has come and the state is saved, and ConfigError.
-    """
-    state, weights, damaged = load_checkpoint(config.out_dir, runtime) if config.resume else (None, None, [])
-    run = set_up(model_config, config, runtime, state, weights)
-    first_step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
-    resumed_step = first_step if state else None
-    runtime.print0(describe_run(run, config, runtime, resumed_step))
-    evaluated = runtime.from_rank0(open_out_dir(config, resumed_step, damaged) if runtime.rank == 0 else None)
+    """Set up, run all steps and wait for the last checkpoint. Raises Stopped after a signal and the final save."""
+    state, weights, damaged = load_checkpoint(config, runtime)
+    training = set_up(model_config, config, runtime, state, weights)
+    resumed_step = state and state["step"]
+    print_run(training, config, runtime, resumed_step)
+    evaluated = open_output(training, config, damaged, resumed_step) if runtime.rank == 0 else None
+    evaluated = from_rank0(evaluated, runtime.device)
+    start = Start(resumed_step, state["skipped"], evaluated) if state else Start()
     del state, weights
-    if runtime.rank == 0 and config.tracker != "none":
-        run.log.start_tracker(run.raw_model.config, config)
-
-    with runtime.stop, ThreadPoolExecutor(max_workers=1) as thread:
-        writer = CheckpointWriter(thread, config, run, runtime, resumed_step)
+    output = config.out_dir, config.keep_checkpoints, asdict(training.raw_model.config), training.encoding
+    with runtime.stop, checkpoints.CheckpointWriter(*output, resumed_step) as writer:
         try:
-            for step in range(first_step, config.max_steps + 1):
-                last_step, position = step == config.max_steps, run.loader.position
-                if not (evaluated and step == first_step):
-                    evaluate(step, run, config, runtime)
-                retry = step % config.eval_interval == 0 and runtime.any_rank(writer.failed())
-                if last_step or retry or (step > 0 and step % config.save_interval == 0):
-                    writer.save(step, skipped)
-                if last_step:
-                    break
-                start = time.perf_counter()  # after evaluation and saving: tok/s is the speed of training alone
-                loss, norm = train_step(run.model, run.optimizers, run.scaler, run.loader, step, config, runtime)
-                skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-                report_step(step, loss, norm, skipped, time.perf_counter() - start, run, config, runtime)
-                if skipped == config.max_skipped_steps:
-                    raise ConfigError(
-                        f"{skipped} updates in a row were skipped, for a loss of {loss} and a gradient norm of {norm}: "
-                        f"lower the rate, from the last checkpoint with --resume --lr {config.lr / 2:g} --override lr"
-                    )
-        except Exception as error:
-            # Ctrl-C ends the compilers, too, that this process has started: what they fail with is a stop
-            compiler_stopped = runtime.stop.received and runtime.world_size == 1
-            if not (isinstance(error, Stopped) or compiler_stopped):
-                raise
-            run.loader.position = position  # where the step began that is not done
-            if step > 0:
-                writer.save(step, skipped)
+            run_steps(start, training, config, runtime, writer)
             writer.finish()
-            runtime.print0(f"stopped at step {step}: go on with --resume")
-            runtime.from_rank0("saved")  # the others wait: torchrun ends all processes as soon as one has ended
-            raise Stopped from error
         finally:
-            run.log.track("finish")
+            training.log.finish()
+    runtime.print0(f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png")
+    runtime.print0(f"to read more samples: python sample.py --model {config.out_dir}")
+
+
+def run_steps(start, training, config, runtime, writer):
+    """Run steps start.step … max_steps. Each is evaluated before its update, so the last line is of the final model."""
+    skipped = start.skipped
+    try:
+        for step in range(start.step, config.max_steps + 1):
+            last_step, position = step == config.max_steps, training.loader.position
+            if not (start.evaluated and step == start.step):
+                with runtime.stop.covers_compiler():
+                    evaluate(step, training, config, runtime)
+            retry = step % config.eval_interval == 0 and any_rank(writer.failed())
+            if last_step or retry or (step > 0 and step % config.save_interval == 0):
+                save(step, skipped, training, config, runtime, writer)
+            if last_step:
+                break
+            start_time = time.perf_counter()  # after evaluation and saving: tok/s is the speed of training alone
+            with runtime.stop.covers_compiler():
+                parts = training.model, training.optimizers, training.scaler, training.loader
+                loss, norm = train_step(*parts, step, config, runtime)
+            skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+            report_step(step, loss, norm, skipped, time.perf_counter() - start_time, training, config, runtime)
+            if skipped == config.max_skipped_steps:
+                raise UserError(
+                    f"{skipped} updates in a row were skipped, because the loss is {loss} and the gradient norm is "
+                    f"{norm}: lower the learning rate, with --resume --lr {config.lr / 2:g} --override lr"
+                )
+    except Stopped:
+        training.loader.position = position  # where the interrupted step began
+        if step > 0:
+            save(step, skipped, training, config, runtime, writer)
         writer.finish()
-    runtime.print0(
-        f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png\n"
-        f"to read more of it: python sample.py --model {config.out_dir}"
-    )
+        runtime.print0(f"stopped at step {step}: continue with --resume")
+        distributed.barrier()  # torchrun ends all processes as soon as one has ended
+        raise
 
 
-def report_step(step, loss, norm, skipped, seconds, run, config, runtime):
-    """Print and log one update, or that it was skipped, and how many in a row."""
+def open_output(training, config, damaged, resumed_step):
+    """Prepare the output folder and the tracker. Return whether the log contains the resumed step's evaluation."""
+    resumed = resumed_step is not None
+    checkpoints.prepare_out_dir(config.out_dir, damaged, resumed, config.overwrite)
+    evaluated = resumed and runlog.cut_log(training.log.path, resumed_step)
+    if config.tracker != "none":
+        training.log.start_tracker(config.tracker, {**asdict(training.raw_model.config), **asdict(config)})
+    return evaluated
+
+
+def save(step, skipped, training, config, runtime, writer):
+    """Save the state at this step, unless the newest checkpoint is of it. All processes gather; rank 0 writes."""
+    writes = runtime.rank == 0
+    if any_rank(writes and writer.lacks(step)):
+        flags = {**asdict(training.raw_model.config), **asdict(config)}
+        state = distributed.copy_to_cpu(training_state(step, skipped, training, flags), keep=writes)
+        whole = distributed.whole_model(training.raw_model)
+        if writes:
+            writer.save(step, whole.pretrained_weights(), state)
+
+
+def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
+    """Print and log one update, or that it was skipped."""
     lr, tok_s = get_lr(step, config), config.total_batch_tokens / seconds
     line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
     line += f"tok/s: {tok_s:,.0f}"
-    peak = peak_flops(runtime.device)
-    if peak:
-        # model FLOPs utilization: FLOPs that the model's mathematics needs, over those that the GPUs could have done
-        mfu = flops_per_token(run.raw_model.config, config.seq_len) * tok_s / (peak * runtime.world_size)
+    if peak := runlog.peak_flops(runtime.device):  # MFU: FLOPs that the model's mathematics needs / what GPUs can do
+        mfu = runlog.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / (peak * runtime.world_size)
         line += f" | mfu: {mfu:.1%}"
     if skipped:
         line += f" | update skipped, {skipped} in a row"
     runtime.print0(line)
     if runtime.rank == 0:
-        values = {"train": loss, "lr": lr, "norm": norm, "tok_s": tok_s}
-        run.log.write(step, **values, **({"skipped": skipped} if skipped else {}))
+        values = {"train": loss, "lr": lr, "norm": norm, "tok_s": tok_s} | ({"skipped": skipped} if skipped else {})
+        training.log.write(step, **values)
 
 
-def describe_run(run, config, runtime, resumed_step):
-    """The lines that head a run: what is trained, on what, with what."""
-    loader, c, tokens = run.loader, run.raw_model.config, run.loader.num_rows * run.loader.T
-    accumulation = config.total_batch_tokens // (loader.B * loader.T * runtime.world_size)
-    return (
-        f"model: {run.raw_model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels\n"
-        f"data: {tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}, "
-        f"{config.max_steps * config.total_batch_tokens / tokens:.2f} epochs in {config.max_steps} steps\n"
-        f"batch: {config.total_batch_tokens:,} tokens = {loader.B} rows x {loader.T} tokens x {runtime.world_size} "
-        f"processes x {accumulation} micro-steps\n"
-        f"machine: {runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, "
-        f"torch {torch.__version__}, {platform.machine()}, {'in shards, ' if runtime.fsdp else ''}"
-        f"{'compiled, which the first step waits for' if runtime.compile else 'eager'}"
-        + (f"\nresuming {config.out_dir} at step {resumed_step}" if resumed_step is not None else "")
-    )
+def print_run(training, config, runtime, resumed_step):
+    """Print the first lines of a run: what is trained, with which data and on which machine."""
+    loader, m, world_size, print0 = training.loader, training.raw_model.config, runtime.world_size, runtime.print0
+    tokens, micro_steps = loader.num_rows * loader.T, rows_per_step(config, world_size) // loader.B
+    epochs, dtype = config.max_steps * config.total_batch_tokens / tokens, str(runtime.dtype).removeprefix("torch.")
+    mode = ("sharded, " if runtime.fsdp else "") + ("compiled (slow first step)" if runtime.compile else "eager")
+    size = f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels"
+    print0(f"model: {training.raw_model.num_params():,} parameters, {size}")
+    data = f"{tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}"
+    print0(f"data: {data}, {epochs:.2f} epochs in {config.max_steps} steps")
+    layout = f"{loader.B} rows x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
+    print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}")
+    print0(f"machine: {runtime.device}, {dtype}, torch {torch.__version__}, {platform.machine()}, {mode}")
+    if resumed_step is not None:
+        print0(f"resuming {config.out_dir} at step {resumed_step}")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
 def config_errors(model_config, config):
-    """Everything wrong with a configuration, a line for each: all of it is found before any work starts."""
-    errors = []
+    """Return everything that is wrong with a configuration, one line each, before any work starts."""
+    errors = common.range_errors(model_config) + common.range_errors(config)
+    errors = errors or relation_errors(model_config, config)  # whose arithmetic needs numbers in range
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    # a folder that only has the tracker's name, as wandb creates one, has no origin
+    installed = config.tracker == "none" or getattr(importlib.util.find_spec(config.tracker), "origin", None)
+    checks = [
+        (not installed, f"--tracker {config.tracker} is not installed: pip install {config.tracker}"),
+        (config.resume and config.overwrite, "--resume and --overwrite exclude each other: give one of them"),
+        (restarted and config.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
+        (config.sample_interval and not config.prompt, "--prompt is empty: --sample_interval 0 turns samples off"),
+    ]
+    errors += [message for is_wrong, message in checks if is_wrong]
+    for name in set(config.override) - {*OVERRIDABLE}:
+        errors.append(f"--override {name}: a resumed run can change only {', '.join(sorted(OVERRIDABLE))}")
+    return errors + distributed.machine_errors(config.device, config.dtype, config.fsdp) + file_errors(config)
+
+
+def relation_errors(m, c):
+    """Return a line for each number of a GPTConfig and a TrainConfig that is too large or does not fit another one."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    positive = ["block_size", "n_layer", "n_head", "n_embd", "total_batch_tokens", "micro_batch", "seq_len", "lr",
-                "eval_interval", "save_interval", "keep_checkpoints", "val_tokens", "num_samples",
-                "max_new_tokens"]  # fmt: skip
-    not_negative = ["max_steps", "warmup_steps", "weight_decay", "grad_clip", "sample_interval"]
-    values = {**asdict(model_config), **asdict(config)}
-    values["micro_batch"] = 1 if config.micro_batch == "auto" else config.micro_batch
-    errors += [f"--{name} is {values[name]}: it must be above 0" for name in positive if not values[name] > 0]
-    errors += [f"--{name} is {values[name]}: it must be 0 or more" for name in not_negative if not values[name] >= 0]
-    errors += [f"--{name} is inf: it must be finite" for name in positive + not_negative if values[name] == math.inf]
-    if not errors:  # the arithmetic needs these
-        errors = relation_errors(model_config, config, world_size)
-    if not 0 <= config.min_lr_ratio <= 1:
-        errors.append(f"--min_lr_ratio is {config.min_lr_ratio}: it is a share of --lr, from 0 to 1")
-    if not 0 <= model_config.dropout < 1:
-        errors.append(f"--dropout is {model_config.dropout}: it must be 0 or more, and less than 1")
-    # a mere folder of that name, as wandb makes them, has no origin
-    if config.tracker != "none" and not getattr(importlib.util.find_spec(config.tracker), "origin", None):
-        errors.append(f"--tracker {config.tracker} is not installed: pip install {config.tracker}")
-    if not 0 <= config.seed < 2**32:
-        errors.append(f"--seed is {config.seed}: it must be from 0 to 2**32 - 1")
-    if config.resume and config.overwrite:
-        errors.append("--resume and --overwrite exclude each other: give one of them")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.overwrite:
-        errors.append("--overwrite would delete the run that torchrun restarts: give --resume")
-    errors += [
-        f"--override {name}: a resumed run can change {', '.join(sorted(OVERRIDABLE))}, so named"
-        for name in config.override if name not in OVERRIDABLE
+    unit = c.seq_len * world_size  # the batch of an update must consist of whole sequences on each process
+    rows, remainder = divmod(c.total_batch_tokens, unit)
+    micro_batch = 1 if c.micro_batch == "auto" else c.micro_batch
+    divisor = max((b for b in range(1, min(micro_batch, rows) + 1) if rows % b == 0), default=1)
+    product = f"--seq_len {c.seq_len} x {world_size} processes"
+    checks = [
+        (m.dropout >= 1, f"--dropout is {m.dropout}: it must be less than 1"),
+        (c.min_lr_ratio > 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
+        (not all(0 <= b < 1 for b in c.betas), f"--betas {c.betas[0]} {c.betas[1]}: each must be from 0 to below 1"),
+        (c.seed >= 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),
+        (m.n_embd % m.n_head, f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
+        (c.seq_len > m.block_size and not c.init_from,
+         f"--seq_len {c.seq_len} is more than --block_size {m.block_size}: lower the first"),
+        (remainder or not rows, f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {product}: "
+                                f"{max(1, rows) * unit} is"),
+        (rows and not remainder and rows % micro_batch, f"--micro_batch {micro_batch} does not divide a process's "
+                                                        f"{rows} rows of a batch: {divisor} does"),
+        (c.warmup_steps > c.max_steps > 0, f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
+        (c.val_tokens < c.seq_len, f"--val_tokens {c.val_tokens} is less than one sequence of --seq_len {c.seq_len}"),
     ]  # fmt: skip
-    if config.sample_interval and not config.prompt:
-        errors.append("--prompt is empty: samples need something to begin with (--sample_interval 0 turns them off)")
-    return errors + machine_errors(config, world_size) + file_errors(config)
-
-
-def relation_errors(model_config, config, world_size):
-    """Numbers that do not fit each other."""
-    errors, c = [], config
-    if model_config.n_embd % model_config.n_head:
-        errors.append(f"--n_embd {model_config.n_embd} is not a multiple of --n_head {model_config.n_head}")
-    if c.seq_len > model_config.block_size and not c.init_from:
-        errors.append(f"--seq_len {c.seq_len} is more than --block_size {model_config.block_size}: lower the first")
-    rows, remainder = divmod(c.total_batch_tokens, c.seq_len * world_size)
-    if remainder or not rows:
-        errors.append(
-            f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of --seq_len {c.seq_len} x {world_size} "
-            f"processes: {max(1, rows) * c.seq_len * world_size} is"
-        )
-    elif c.micro_batch != "auto" and rows % c.micro_batch:
-        fits = max(b for b in range(1, min(c.micro_batch, rows) + 1) if rows % b == 0)
-        errors.append(f"--micro_batch {c.micro_batch} does not divide a process's {rows} rows of a batch: {fits} does")
-    if c.warmup_steps > c.max_steps > 0:
-        errors.append(f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: lower the first")
-    if c.val_tokens < c.seq_len:
-        errors.append(f"--val_tokens {c.val_tokens} is less than one row of --seq_len {c.seq_len}")
-    return errors
-
-
-def machine_errors(config, world_size):
-    """What the machine cannot do of what the configuration asks for."""
-    errors = []
-    device_type = pick_device(config.device)
-    if device_type == "cuda" and not torch.cuda.is_available():
-        errors.append("--device cuda, but torch finds no GPU here: check nvidia-smi, or give --device cpu")
-    elif device_type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        errors.append(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes on {torch.cuda.device_count()} GPUs: "
-            "give torchrun --nproc_per_node as many as there are GPUs"
-        )
-    if device_type == "mps" and not torch.backends.mps.is_available():
-        errors.append("--device mps, but torch finds no Apple GPU here: give --device cpu")
-    if device_type == "mps" and world_size > 1:
-        errors.append("an Apple GPU serves one process: start with python, or give --device cpu")
-    if config.fsdp and world_size == 1:
-        errors.append("--fsdp is for several processes: start them with torchrun --nproc_per_node, or leave it out")
-    if config.fsdp and not errors and pick_dtype(config.dtype, device_type) == torch.float16:
-        errors.append("--fsdp cannot scale float16's gradients: give --dtype bfloat16 or float32")
-    if config.dtype == "float16" and device_type != "cuda":
-        errors.append(f"--dtype float16 needs an NVIDIA GPU, this run is on {device_type}: give --dtype float32")
-    return errors
-
-
-def lacks_demo_shards(config):
-    """Whether the demo has yet to make its shards: nothing is there, or what an interrupted start has left."""
-    if config.preset != "demo":
-        return False
-    manifest = fineweb.read_manifest(config.data_dir)
-    interrupted = manifest.get("source") == "stdlib" and not manifest["finished"]
-    return interrupted or not fineweb.list_shards(Path(config.data_dir))
+    return [message for is_wrong, message in checks if is_wrong]
 
 
 def file_errors(config):
-    """What stands in the way in the files and folders that the configuration names."""
-    errors = []
+    """Return a line for each problem with the files and folders that the configuration names."""
+    errors = checkpoints.out_dir_errors(config.out_dir, config.resume, config.overwrite, config.init_from)
     try:
-        for split in () if lacks_demo_shards(config) else ("train", "val"):
+        for split in () if demo_lacks_shards(config) else ("train", "val"):
             fineweb.find_shards(config.data_dir, split)
-    except fineweb.DataError as error:
+    except UserError as error:
         errors.append(str(error))
     except OSError as error:
         errors.append(f"--data_dir cannot be read ({error}): change its permissions, or name another folder")
     try:
         if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file):
             hellaswag.load_rows(config.hellaswag_file)
-    except hellaswag.HellaSwagError as error:
+    except UserError as error:
         errors.append(f"--hellaswag_file {error}")
-    out_dir = Path(config.out_dir).resolve()
-    existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False where it is hidden
-    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        mend = "change its permissions, or name another folder"
-        errors.append(f"--out_dir {out_dir} cannot be made: {existing} is no folder that can be written to: {mend}")
-    elif (out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*")):
-        if not (config.resume or config.overwrite):
-            way_out = "give --resume to go on, --overwrite to delete it, or another --out_dir"
-            errors.append(f"{out_dir} holds a run: {way_out}")
-    source = Path(config.init_from or os.devnull).resolve()
-    if config.overwrite and out_dir in (source, *source.parents):
-        errors.append(f"--overwrite would delete --init_from {config.init_from}: give another --out_dir")
     return errors
 
 
+def demo_lacks_shards(config):
+    """Return whether this is the demo and its shards do not exist yet, or only those of an interrupted start."""
+    if config.preset != "demo":
+        return False
+    manifest, shards = fineweb.read_manifest(config.data_dir), fineweb.list_shards(Path(config.data_dir))
+    return not shards or (manifest.get("source") == "stdlib" and not manifest["finished"])
+
+
 def parse_command_line(arguments):
-    """(GPTConfig, TrainConfig) of a command line: --preset chooses the defaults, every other flag overrides."""
+    """Return (GPTConfig, TrainConfig): --preset chooses the defaults, every other flag overrides one."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="gpt2")
     preset = first.parse_known_args(arguments)[0].preset
     if preset not in PRESETS:
-        raise ConfigError(f"--preset {preset} is not known: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"--preset {preset} does not exist: choose one of {', '.join(PRESETS)}")
     model_defaults, training_defaults = PRESETS[preset]
 
     def configs(model: GPTConfig = model_defaults, training: TrainConfig = training_defaults):
         return model, training
 
-    description = f"{inspect.cleandoc(__doc__).split('Shapes in')[0]}\nPresets: {', '.join(PRESETS)}"
+    description = f"{inspect.cleandoc(__doc__).partition('The file follows')[0]}\nPresets: {', '.join(PRESETS)}"
     model_config, config = tyro.cli(
         configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )
     config = replace(config, override=tuple(name.replace("-", "_") for name in config.override))
     if config.preset == "demo" and Path(config.out_dir).resolve() == Path(PRESETS["demo"][1].out_dir):
-        config = replace(config, overwrite=not config.resume)  # the demo's own folder, where each run starts over
+        config = replace(config, overwrite=not config.resume)  # in the demo's own folder each run starts over
     return model_config, config
 
 
+def run(arguments):
+    """Check the command line, join the other processes, and train. Raises UserError and Stopped."""
+    model_config, config = parse_command_line(arguments)
+    if errors := config_errors(model_config, config):
+        # only the machine's first process prints them
+        raise UserError("\n".join(errors)) if os.environ.get("LOCAL_RANK", "0") == "0" else SystemExit(2)
+    runtime = setup_runtime(config)
+    with common.lock_file(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
+        if runtime.rank == 0 and demo_lacks_shards(config):
+            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
+        distributed.barrier()  # the others wait for the demo's shards
+        train(model_config, config, runtime)
+
+
 def main(arguments=None):
-    """Train as the command line says, and exit as the head of this file says."""
+    """Train as the command line says. Exit codes: 2 for a user error, 75 for a run that a signal stopped."""
     exit_code = 0
-    try:
-        model_config, config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
-        errors = config_errors(model_config, config)
-        if errors and int(os.environ.get("LOCAL_RANK", 0)):
-            sys.exit(2)  # the machine's first process says why
-        if errors:
-            raise ConfigError("\n".join(errors))
-        runtime = setup_runtime(config)
-        with lock_out_dir(config.out_dir) if runtime.rank == 0 else nullcontext():
-            if runtime.rank == 0 and lacks_demo_shards(config):
-                fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
-            runtime.from_rank0("the folders are ready")
-            train(model_config, config, runtime)
-    except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory: give --micro_batch, or halve it (the batch of an update stays the same)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    except Stopped:
-        exit_code = EXIT_STOPPED
-    except KeyboardInterrupt:  # before the first step
-        sys.exit(130)
-    if runtime.world_size > 1:
-        # Not after an error: where one process has failed, the others would hang here. DDP's reference cycles must go
-        # first, for they keep gloo's threads alive, which would then abort the process as it exits.
+    with common.exit_on_error():
+        try:
+            run(sys.argv[1:] if arguments is None else arguments)
+        except Stopped:
+            exit_code = EXIT_STOPPED
+        except torch.OutOfMemoryError as error:
+            fix = "give --micro_batch, or halve it (the tokens of an update stay the same)"
+            raise UserError(f"out of GPU memory: {fix}") from error
+    if dist.is_initialized():
+        # Not after an error, because processes that have not failed would hang here. DDP's reference cycles must be
+        # collected first: they keep gloo's threads alive, which would abort the process when it exits.
         gc.collect()
         dist.destroy_process_group()
     if exit_code:
@@ -1820,5 +1196,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # a sample may contain what the terminal cannot show
     main()

@@ -27,7 +27,8 @@ from measure import ROOT, describe, revision, write_report
 
 import hellaswag
 import sample
-from train_gpt2 import GPT, DataLoaderLite, GPTConfig, pick_device
+from support.common import pick_device
+from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
 COLUMNS = {

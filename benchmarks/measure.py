@@ -20,7 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
-from train_gpt2 import PRESETS, peak_flops, pick_device
+from support.common import pick_device
+from support.runlog import peak_flops
+from train_gpt2 import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 # rows, tokens of a row, encoding, and the most tokens that a run reads before it begins anew

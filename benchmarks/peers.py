@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from measure import ROOT, describe, make_shards, parse_flags, revision, run_child, spread, timed, write_report
 
-from train_gpt2 import flops_per_token
+from support.runlog import flops_per_token
 
 # Runs a script as python does, and says at its end what it took of a GPU's memory.
 WRAPPER = """

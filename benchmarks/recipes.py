@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from measure import ROOT, describe, write_report
 
 import fineweb
+from support.common import pick_dtype
 from train_gpt2 import (
     DEMO_SHARD_TOKENS,
     GPT,
@@ -43,7 +44,6 @@ from train_gpt2 import (
     Runtime,
     configure_optimizers,
     get_lr,
-    pick_dtype,
     validation_loss,
 )
 

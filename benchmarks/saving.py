@@ -16,16 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
-from train_gpt2 import (
-    GPT,
-    CheckpointWriter,
-    GPTConfig,
-    Run,
-    Runtime,
-    TrainConfig,
-    configure_optimizers,
-    save_checkpoint,
-)
+from support.checkpoints import CheckpointWriter, save_checkpoint
+from train_gpt2 import GPT, GPTConfig, Run, Runtime, TrainConfig, configure_optimizers
 
 
 class Loader:

@@ -1,10 +1,12 @@
-"""What every program here needs: errors for the user, exit codes, the device, atomic writes and the folder lock."""
+"""What every program here needs: user errors, exit codes, flags, device and precision, atomic writes, the lock."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import field, fields
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,6 +33,29 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(130)
 
 
+def flag(default, resume="fixed", above=None, at_least=None):
+    """Return a dataclass field for a flag. `above` and `at_least` bound its number. `resume` says whether a resumed run
+    may change it: "free", "named" (only if --override names it) or "fixed" (it shapes tensors or data).
+    """
+    return field(default=default, metadata={"resume": resume, "above": above, "at_least": at_least})
+
+
+def range_errors(config) -> list[str]:
+    """Return a line for each number of a dataclass of flags that is out of its bounds."""
+    errors = []
+    for f in fields(config):
+        value, above, at_least = getattr(config, f.name), f.metadata["above"], f.metadata["at_least"]
+        if not isinstance(value, (int, float)):
+            continue
+        if above is not None and not value > above:
+            errors.append(f"--{f.name} is {value}: it must be above {above}")
+        elif at_least is not None and not value >= at_least:
+            errors.append(f"--{f.name} is {value}: it must be {at_least} or more")
+        elif value == math.inf:
+            errors.append(f"--{f.name} is inf: it must be finite")
+    return errors
+
+
 def pick_device(name: str) -> str:
     """Return the device that a --device flag names; auto is cuda, else mps, else cpu. Raises UserError."""
     import torch  # takes seconds, and fineweb.py and its workers do not need it
@@ -44,6 +69,41 @@ def pick_device(name: str) -> str:
         found = ", ".join(device for device, here in available.items() if here)
         raise UserError(f"--device {name} is not available here: give auto or one of {found}")
     return name
+
+
+def pick_dtype(name: str, device_type: str):
+    """Return the torch.dtype that a --dtype flag names; auto: bfloat16 if the hardware has it, float16 on older GPUs,
+    else float32.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device_type == "mps":
+        return torch.bfloat16
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not have it
+    return torch.bfloat16 if any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def can_compile(choice: str, device, warns: bool) -> bool:
+    """Return whether to use torch.compile: --compile on or auto, and it works here. auto excludes mps.
+
+    The test compiles one line. Prints a warning, if `warns`, when it fails.
+    """
+    import torch
+
+    if choice == "off" or (choice == "auto" and device.type == "mps"):
+        return False
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
+        return True
+    except Exception as error:  # Inductor, Triton and the compilers that they call raise errors of their own
+        if warns:
+            reason = f"torch.compile does not work here ({one_line(error)})"
+            print(f"warning: {reason}: training continues without it, slower", flush=True)
+        return False
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import fineweb
 import hellaswag
 import sample
 import train_gpt2
-from train_gpt2 import GPTConfig, TrainConfig, read_log
+from support.runlog import read_log
+from train_gpt2 import GPTConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = (

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import fineweb
-from train_gpt2 import GPT, GPTConfig, read_log, save_checkpoint
+from support.checkpoints import save_checkpoint
+from support.runlog import read_log
+from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,7 +12,8 @@ import torch
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train_gpt2 import GPT, read_log
+from support.runlog import read_log
+from train_gpt2 import GPT
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from train_gpt2 import GPT, read_log
+from support.runlog import read_log
+from train_gpt2 import GPT
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT
 from test_resume import TINY, Program, assert_same_run, error_lines, worker
 
-from train_gpt2 import GPT, PRESETS, GPTConfig, flops_per_token, read_log
+from support.runlog import flops_per_token, read_log
+from train_gpt2 import GPT, PRESETS, GPTConfig
 
 # 33 channels, and with them most tensors, do not divide by two processes; micro-steps add up; 29 rows to validate on,
 # two at a time, leave one process none in the end: it must not stay away, for shards need all in each forward pass

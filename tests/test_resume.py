@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 
 import fineweb
 import train_gpt2
-from train_gpt2 import EXIT_STOPPED, StopSignal, cut_log, read_log
+from support.common import UserError
+from support.distributed import EXIT_STOPPED, StopSignal
+from support.runlog import cut_log, read_log
 
 TINY = (
     "--device cpu --compile off --dtype float32 --n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --seq_len 64 "
@@ -227,7 +229,7 @@ def test_checkpoint_is_of_its_moment_and_finite(tmp_path, capsys):
         with torch.no_grad():
             model.lm_head.weight[5, 5] = float("nan")
         writer.save(4, skipped=0)
-        with pytest.raises(train_gpt2.ConfigError, match="lacks the checkpoint of step 4"):
+        with pytest.raises(UserError, match="lacks the checkpoint of step 4"):
             writer.finish()
         assert "weights are not finite" in capsys.readouterr().err and steps_saved(tmp_path) == ["step_000003"]
     folder = tmp_path / "checkpoints" / "step_000003"
@@ -401,7 +403,7 @@ def test_signal_during_hellaswag(shared_data, tmp_path, make_shards):
 def test_second_signal_ends_at_once():
     """Who cannot wait, or sees it hang, sends a second signal. An echo of the first, which torchrun makes, is none."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport torch\nfrom train_gpt2 import StopSignal\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport torch\nfrom support.distributed import StopSignal\n"
         "with (stop := StopSignal()):\n"
         "    print('deaf', flush=True); torch.linalg.svd(torch.randn(5000, 5000)); print(stop.received, flush=True)\n"
     )
@@ -555,7 +557,7 @@ def test_restart_does_not_delete_the_run(interrupted, text_shards, capsys, monke
 def test_checkpoints_are_deleted_on_request_alone(interrupted):
     """A folder that was mounted, or filled, after the run looked for checkpoints is not for it to clear."""
     config = train_gpt2.TrainConfig(out_dir=str(interrupted), resume=True)
-    with pytest.raises(train_gpt2.ConfigError, match="has appeared"):
+    with pytest.raises(UserError, match="has appeared"):
         train_gpt2.open_out_dir(config, None, [])
     assert {"step_000010", "step_000020"} <= set(steps_saved(interrupted)) and (interrupted / "log.txt").exists()
     train_gpt2.open_out_dir(replace(config, resume=False, overwrite=True), None, [])

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 import fineweb
 import sample
-from train_gpt2 import GPT, ConfigError, GPTConfig, save_checkpoint
+from support.checkpoints import save_checkpoint
+from support.common import UserError
+from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,5 +187,5 @@ def test_int8_weights(run_folder, main):
 def test_int8_without_torchao(monkeypatch):
     """The extra package is named where it is missing."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if not installed
-    with pytest.raises(ConfigError, match="pip install -U torchao"):
+    with pytest.raises(UserError, match="pip install -U torchao"):
         sample.quantize(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)))

@@ -18,23 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fineweb
+from support.checkpoints import save_checkpoint
+from support.common import pick_dtype
+from support.runlog import Log, draw_curve, read_log
 from train_gpt2 import (
     GPT,
     PRESETS,
     DataLoaderLite,
     GPTConfig,
-    Log,
     Muon,
     Runtime,
     TrainConfig,
     configure_optimizers,
-    draw_curve,
     get_lr,
     parse_command_line,
-    pick_dtype,
     pick_micro_batch,
-    read_log,
-    save_checkpoint,
     train_step,
     validation_loss,
 )

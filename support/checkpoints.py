@@ -1,0 +1,374 @@
+"""Output and model folders: find checkpoints, open any GPT-2 and its tokenizer, save, and resume."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from support.common import UserError, flush_to_disk, one_line
+
+HINT = "Give a Hub name, the folder of a Hugging Face GPT-2 or an output folder of train_gpt2.py"
+
+
+def list_checkpoints(out_dir: str | Path) -> list[Path]:
+    """List the complete checkpoints in an output folder of train_gpt2.py, oldest first."""
+    # While a checkpoint is incomplete, its name starts with a dot.
+    folders = [path for path in Path(out_dir).glob("checkpoints/step_*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(model: str, flag: str = "--model") -> str:
+    """Return the newest checkpoint of an output folder of train_gpt2.py; any other name is returned unchanged.
+
+    Raises UserError for a folder that is neither a model nor an output folder with a checkpoint.
+    """
+    if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
+        return model
+    if not (checkpoints := list_checkpoints(model)):
+        raise UserError(f"{flag} {model} contains neither config.json nor checkpoints/step_NNNNNN. {HINT}")
+    return str(checkpoints[-1])
+
+
+def import_transformers():
+    """Import transformers and make it print errors only. The import takes seconds, so it happens on first use."""
+    # transformers imports torchao if it is installed. torchao warns that GPU kernels for other machines do not load.
+    for name in ("huggingface_hub", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def check_same_computation(hf_config) -> None:
+    """Raise UserError unless a GPT-2 config of Hugging Face describes exactly the computation of train_gpt2.GPT."""
+    expected = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+    for name, value in expected.items():
+        if getattr(hf_config, name, value) != value:
+            raise UserError(f"its {name} is {getattr(hf_config, name)}, but GPT-2's is {value}")
+    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
+        raise UserError(f"its n_inner is {hf_config.n_inner}, but GPT-2's is 4 * n_embd")
+
+
+def open_gpt2(name: str | Path, flag: str = "--model", exactly: bool = False):
+    """Open a GPT-2, given by Hub name or folder, as a GPT2LMHeadModel of transformers in float32 on the CPU.
+
+    exactly: refuse variants of GPT-2 that transformers computes correctly, but train_gpt2.GPT does not.
+    Raises UserError if the model cannot be read, is not a GPT-2 or lacks weights.
+    """
+    transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type != "gpt2":
+            raise UserError(f"its model_type is {config.model_type}, but gpt2 is required")
+        if exactly:
+            check_same_computation(config)
+        # Both names mean the same formula. gelu_new computes it in eight passes over memory instead of one.
+        if config.activation_function == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"
+        # hellaswag.py passes boolean masks, which sdpa supports. Other implementations may add them to the scores.
+        model, report = transformers.GPT2LMHeadModel.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation="sdpa",
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+        # transformers fills missing weights with random numbers, and such a model must not be used unnoticed.
+        if unusable := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
+            raise UserError(f"the weight {min(unusable)} is missing or has another shape")
+    except Exception as error:  # a broken folder raises OSError, SafetensorError, KeyError and more
+        raise UserError(f"{flag} {name} cannot be opened: {one_line(error).rstrip('.')}. {HINT}") from error
+    return model
+
+
+def load_tokenizer(name: str, vocab_size: int, flag: str = "--model") -> tuple[Callable, Callable]:
+    """Load the tokenizer of a model as (encode, decode); encode adds no special tokens.
+
+    A folder without tokenizer files and with 50,257 ids uses GPT-2's tokenizer.
+    Raises UserError if the tokenizer cannot be loaded.
+    """
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    try:
+        if not os.path.isdir(name) or any(os.path.exists(os.path.join(name, file)) for file in files):
+            tokenizer = import_transformers().AutoTokenizer.from_pretrained(name)
+            return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
+        if vocab_size != 50257:
+            raise UserError(f"the folder has no tokenizer files, and its {vocab_size:,} ids are not GPT-2's 50,257")
+        from fineweb import get_encoding
+
+        encoding = get_encoding("gpt2")
+        return encoding.encode_ordinary, encoding.decode
+    except Exception as error:  # from a broken file, the Hub or the download of GPT-2's vocabulary
+        reason = one_line(error).rstrip(".")
+        fix = "Put the tokenizer files of the model into its folder, or give another model"
+        raise UserError(f"the tokenizer of {flag} {name} cannot be opened: {reason}. {fix}") from error
+
+
+# --- save -------------------------------------------------------------------------------------------------------------
+
+
+def write_model_folder(folder, weights, shape):
+    """Write config.json and model.safetensors, which transformers opens as a GPT2LMHeadModel.
+
+    weights: {name: float32 tensor on the CPU} as GPT2LMHeadModel names and stores them. shape: a GPTConfig as a dict.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    vocab_size, block_size, dropout = shape["vocab_size"], shape["block_size"], shape["dropout"]
+    hf_config = dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
+        vocab_size=vocab_size, n_positions=block_size, n_ctx=block_size,
+        n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"],
+        activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout,
+        bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1,
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+
+
+def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, model_max_length: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, with which transformers.AutoTokenizer opens `folder`.
+
+    The result encodes text as `encoding` does, except that <|endoftext|> in a text becomes the special token.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # A token is spelled in GPT-2's alphabet: a printable byte stands for itself, the others are numbered from 256 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(unprintable)}
+
+    def spell(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    ids = [i for i in range(encoding.n_vocab) if not encoding.is_special_token(i)]
+    ranks = {encoding.decode_single_token_bytes(i): i for i in ids}
+    merges = [tuple(map(spell, last_merge(token, ranks))) for token in ranks if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE(vocab={spell(token): i for token, i in ranks.items()}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    tokenizer.save(str(Path(folder, "tokenizer.json")))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json without changes
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,  # else decoding would drop the space of " ,"
+    }
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the two tokens that byte-pair encoding joins into `token`: it merges, lowest rank first, down to them."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def save_checkpoint(out_dir, step, weights, state, shape, encoding):
+    """Write OUT/checkpoints/step_NNNNNN and return it: a Hugging Face GPT-2 folder with training_state.pt in it.
+
+    The folder has a name that starts with a dot until all of it is on the disk: a folder with its final name is
+    complete, whatever happens. A save that fails leaves nothing. Raises whatever the disk or a library raises.
+    """
+    final = Path(out_dir) / "checkpoints" / f"step_{step:06d}"
+    temporary = final.with_name(f".{final.name}")
+    try:
+        write_model_folder(temporary, weights, shape)
+        save_tokenizer(encoding, temporary, shape["block_size"])
+        with open(temporary / "training_state.pt", "wb") as file:
+            torch.save(state, file)
+        for path in [*temporary.iterdir(), temporary]:
+            flush_to_disk(path)
+        os.replace(temporary, final)
+        for path in [final.parent, final.parent.parent]:
+            flush_to_disk(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+class CheckpointWriter:
+    """Save checkpoints on a thread, one at a time, so that training waits only for the copies that it hands over.
+
+    newest_step: the step of the newest checkpoint in out_dir, or None. keep: how many checkpoints stay.
+    """
+
+    def __init__(self, out_dir, keep, shape, encoding, newest_step):
+        self.out_dir, self.keep, self.shape, self.encoding = out_dir, keep, shape, encoding
+        self.newest_step = newest_step
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.saving = None  # the future of the last save
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.thread.shutdown()
+
+    def failed(self):
+        """Return whether the last save has ended and failed. The older checkpoints are unchanged then."""
+        return self.saving is not None and self.saving.done() and self.saving.exception() is not None
+
+    def lacks(self, step):
+        """Wait for the save in progress, and return whether the state at this step still has to be saved."""
+        if self.saving:
+            self.saving.exception()
+        return step != self.newest_step or self.failed()
+
+    def save(self, step, weights, state):
+        """Start to save a checkpoint. Training must not change `weights` and `state`, which are on the CPU."""
+        self.newest_step = step
+        self.saving = self.thread.submit(self._write, step, weights, state)
+
+    def finish(self):
+        """Wait for the save in progress. Raises UserError if it failed."""
+        if self.saving and self.saving.exception():
+            raise UserError(
+                f"{self.out_dir} has no checkpoint of step {self.newest_step}: fix the cause in the error above, then "
+                "continue from the checkpoint before it with --resume"
+            )
+
+    def _write(self, step, weights, state):
+        try:
+            if not all(weight.isfinite().all() for weight in weights.values()):
+                raise UserError("its weights are not finite")
+            folder = save_checkpoint(self.out_dir, step, weights, state, self.shape, self.encoding)
+            print(f"saved {folder}\n", end="", flush=True)  # one write per line, because training prints as well
+        except Exception as error:  # the system, torch and safetensors raise errors of their own
+            effect = "The older checkpoints are unchanged; the next evaluation tries again."
+            print(
+                f"error: saving step {step} failed: {one_line(error)}. {effect}\n", end="", file=sys.stderr, flush=True
+            )
+            raise
+        for folder in list_checkpoints(self.out_dir)[: -self.keep]:
+            with suppress(OSError):  # a folder that another program has open is deleted next time
+                delete_checkpoint(folder)
+
+
+def delete_checkpoint(folder):
+    """Delete a checkpoint. It loses its final name first, so that an interrupted deletion leaves no partial one."""
+    doomed = folder.with_name(f".{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def load_newest(out_dir):
+    """Return (training state, weights, {folder: reason} of newer ones that are damaged) of the newest whole checkpoint.
+
+    All tensors are on the CPU. Returns (None, None, {}) if there is no checkpoint. Raises UserError if all checkpoints
+    are damaged or the disk fails.
+    """
+    from safetensors.torch import load_file
+
+    needed = {"step", "skipped", "optimizers", "scaler", "loader", "rng", "fingerprint", "config"}
+    damaged = {}
+    for folder in reversed(list_checkpoints(out_dir)):
+        try:
+            state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+            if missing := needed - state.keys():
+                raise ValueError(f"its training_state.pt has no {min(missing)}")
+            return state, load_file(folder / "model.safetensors"), damaged
+        except Exception as error:  # zip, pickle and safetensors raise many kinds of errors for a damaged file
+            if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
+                raise UserError(f"cannot read {folder} ({one_line(error)}): fix that, then --resume") from error
+            damaged[folder] = one_line(error)
+    if damaged:
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged.items())
+        raise UserError(
+            f"all checkpoints in {out_dir} are damaged ({reasons}): move them away, or give another --out_dir"
+        )
+    return None, None, {}
+
+
+def check_flags(before, now, out_dir, overridable, override):
+    """Raise UserError with a line for each flag of a resumed run that differs from the run in out_dir.
+
+    before: {name: value} of that run. now: of this run's flags that must agree. overridable: the flags that a resumed
+    run can change if --override names them. override: those that it names.
+    """
+    errors, before = [], {"dropout": 0.0} | before  # older checkpoints have no dropout
+    for name in sorted(now.keys() & before.keys()):
+        if now[name] != before[name] and name not in override:
+            way_out = f"allow it with --override {name}" if name in overridable else "start another --out_dir"
+            old = f"the run in {out_dir} has {before[name]}"
+            errors.append(f"--{name} is {now[name]}, {old}: give that, or {way_out}")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def check_data(before, now, data_dir, out_dir, override):
+    """Raise UserError if the fingerprint of a resumed run's data differs from that of the run in out_dir."""
+    here = f"the run in {out_dir}"
+    if now["encoding"] != before["encoding"]:
+        fix = "give its --data_dir, or start another --out_dir"
+        raise UserError(f"{data_dir} has {now['encoding']} tokens, {here} {before['encoding']} tokens: {fix}")
+    changed = sorted(name for name in now | before if now.get(name) != before.get(name))
+    if changed and "data_dir" not in override:
+        name, others = changed[0], f" ({len(changed) - 1} other shards differ too)" if changed[1:] else ""
+        change = f"is {now.get(name, 'missing')}, {here} used {before.get(name, 'no such shard')}{others}"
+        raise UserError(f"{Path(data_dir, name)} {change}: restore the data, or allow it with --override data_dir")
+
+
+def out_dir_errors(out_dir, resume, overwrite, init_from):
+    """Return a line for each reason why a run cannot write to an output folder."""
+    out_dir = Path(out_dir).resolve()
+    existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False if it is hidden
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        fix = "change its permissions, or name another folder"
+        return [f"--out_dir {out_dir} cannot be created, because {existing} is not a writable folder: {fix}"]
+    has_run = (out_dir / "log.txt").exists() or any(out_dir.glob("checkpoints/step_*"))
+    if has_run and not (resume or overwrite):
+        fix = "give --resume to continue it, --overwrite to delete it, or another --out_dir"
+        return [f"{out_dir} contains a run: {fix}"]
+    source = Path(init_from or os.devnull).resolve()
+    if overwrite and out_dir in (source, *source.parents):
+        return [f"--overwrite would delete --init_from {init_from}: give another --out_dir"]
+    return []
+
+
+def prepare_out_dir(out_dir, damaged, resumed, overwrite):
+    """Remove unfinished saves from an output folder, rename damaged checkpoints, and delete a run to overwrite.
+
+    Only checkpoints, log.txt, curve.png and tracker_id are touched. Raises UserError if another run has appeared.
+    """
+    out_dir = Path(out_dir)
+    for unfinished in out_dir.glob("checkpoints/.step_*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    if resumed:
+        return
+    for folder in list_checkpoints(out_dir):
+        if not overwrite:
+            raise UserError(f"{folder} was created after this run started: start this run again")
+        delete_checkpoint(folder)
+    for name in ("log.txt", "curve.png", "tracker_id"):
+        (out_dir / name).unlink(missing_ok=True)

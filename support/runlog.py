@@ -1,0 +1,171 @@
+"""What a run records: log.txt, the curve that is drawn from it, a tracker such as wandb, and the use of the GPU."""
+
+import importlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.common import atomic_write, one_line
+
+# OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm (both as measured in
+# build-nanogpt), and GPT-3's HellaSwag (its paper). Each panel always shows its first three; others if the run is near.
+REFERENCES = {
+    "val": {"GPT-2 124M": 3.2924},
+    "hella": {"chance": 0.25, "GPT-2 124M": 0.294463, "GPT-3 125M": 0.337, "GPT-2 350M": 0.375224, "GPT-3 350M": 0.436,
+              "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
+}  # fmt: skip
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Log:
+    """Append to OUT/log.txt, one `step stream value` per line (build-nanogpt's format), and to a tracker.
+
+    Lines that a full disk refuses are kept in memory until it has space. A tracker that fails is dropped.
+    """
+
+    def __init__(self, out_dir):
+        self.path = Path(out_dir) / "log.txt"
+        self.unwritten, self.warned, self.tracker = b"", False, None
+
+    def start_tracker(self, name, settings):
+        """Send the values to the package `name`, too. OUT/tracker_id lets a resumed run continue the same record."""
+        id_file = self.path.with_name("tracker_id")
+        if not id_file.exists():
+            id_file.write_text(os.urandom(4).hex())
+        identifier = id_file.read_text()
+        options = {"name": f"{self.path.absolute().parent.name}-{identifier}", "resume": "allow"}
+        if name == "wandb":
+            options["id"] = identifier  # trackio identifies a run by its name
+        try:
+            self.tracker = importlib.import_module(name)
+        except Exception as error:  # an installed package can fail in many ways while it is imported
+            warn(f"training continues without {name}: {one_line(error)}")
+        self._track("init", project="gpt2", config=settings, **options)
+
+    def _track(self, function, *values, **options):
+        if self.tracker is None:
+            return
+        try:
+            getattr(self.tracker, function)(*values, **options)
+        except Exception as error:  # a tracker's errors include those of its network libraries
+            warn(f"training continues without {self.tracker.__name__}: {one_line(error)}")
+            self.tracker = None
+
+    def write(self, step, **values):
+        """Append one line for each value."""
+        self._track("log", values, step=step)
+        self.unwritten += "".join(f"{step} {stream} {value:.8g}\n" for stream, value in values.items()).encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                written = file.write(self.unwritten)  # a disk that is almost full takes only a part
+            self.unwritten, self.warned = self.unwritten[written:], False
+        except OSError as error:
+            if not self.warned:
+                warn(f"{self.path} cannot be written ({error}). Log lines are kept in memory until it can.")
+            self.warned = True
+
+    def finish(self):
+        """End the tracker's record."""
+        self._track("finish")
+
+
+def read_log(path):
+    """Return {stream: (steps, values)} of a log.txt of ours or of build-nanogpt, each list in the file's order."""
+    streams = {}
+    complete, _, _ = Path(path).read_text().rpartition("\n")  # the last line may be incomplete
+    for line in complete.splitlines():
+        step, stream, value = line.split()
+        steps, values = streams.setdefault(stream, ([], []))
+        steps.append(int(step))
+        values.append(float(value))
+    return streams
+
+
+def cut_log(path, step):
+    """Remove the lines that a run resumed at `step` will write again. Return whether that step's evaluation remains."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept, evaluated = [], False
+    for line in lines:
+        number, stream, *_ = [*line.split(), "", ""]
+        evaluation = number == str(step) and stream in ("val", "hella")
+        if number.isdigit() and (int(number) < step or evaluation) and line.endswith("\n"):
+            kept.append(line)
+            evaluated |= evaluation
+    if len(kept) < len(lines):
+        with atomic_write(path, "free some disk space and check its permissions, then --resume") as file:
+            file.write("".join(kept).encode())
+    return evaluated
+
+
+def draw_curve(logs, manifest):
+    """Return a matplotlib Figure of {label: log, as read_log returns it}: losses, and HellaSwag accuracies if any.
+
+    manifest: the manifest of the runs' data. OpenAI's loss is per GPT-2 token of FineWeb-Edu, so it is drawn only
+    beside losses of the same kind.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window and no global state
+
+    is_gpt2, is_edu = manifest["encoding"] == "gpt2", "fineweb-edu" in manifest.get("source", "")
+    known = {"val": REFERENCES["val"] if is_gpt2 and is_edu else {}, "hella": REFERENCES["hella"] if is_gpt2 else {}}
+    labels = {"val": f"loss, nats per {'token' if is_gpt2 else 'byte'}", "hella": "HellaSwag acc_norm"}
+    panels = ["val", "hella"] if any("hella" in log for log in logs.values()) else ["val"]
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for i, (label, log) in enumerate(logs.items()):
+            if panel == "val" and "train" in log:
+                draw_training_loss(axes, *log["train"], f"{label} train", f"C{i}")
+            if panel in log:
+                style = {"color": f"C{i}", "marker": "o", "ms": 4, "mec": "black", "ls": "" if panel == "val" else "-"}
+                axes.plot(*log[panel], label=f"{label} {panel}, last {log[panel][1][-1]:.4f}", **style)
+        drawn = [value for line in axes.lines for value in line.get_ydata() if math.isfinite(value)]
+        for name, value in known[panel].items():
+            draw_reference(axes, name, value)
+        # the losses of the first steps would flatten all others, so the highest 5% may leave the picture
+        top = 0.95 if panel == "val" else 1
+        low, high = np.quantile([*drawn, *list(known[panel].values())[:3]] or [0], [0, top])
+        margin = 0.05 * (high - low) or 1
+        axes.set(xlabel="step", ylabel=labels[panel], ylim=(low - margin, high + margin))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(logs))
+    return figure
+
+
+def draw_training_loss(axes, steps, losses, label, color):
+    """Draw each step's loss in a pale line, and its mean over 1% of the run in a strong one."""
+    n = len(steps) // 100 + 1
+    mean = np.convolve(losses, np.full(n, 1 / n), "valid")
+    axes.plot(steps, losses, color=color, lw=0.5, alpha=0.3)
+    axes.plot(steps[n // 2 :][: len(mean)], mean, color=color, label=label)
+
+
+def draw_reference(axes, name, value):
+    """Draw a horizontal line with its name at the right edge. GPT-2's names hang below, because GPT-3's lie close."""
+    va, ls = ("top", "--") if "GPT-2" in name else ("bottom", ":")
+    axes.axhline(value, color="gray", lw=1, ls=ls, zorder=1)
+    at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": True}
+    axes.annotate(f"{name}, {value:.3f}", (1, value), (4, 0), va=va, color="gray", fontsize=8, **at)
+
+
+# dense bfloat16 FLOP/s in the data sheets, for the MFU; the first name that the device's name contains counts
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}
+
+
+def peak_flops(device):
+    """Return a GPU's peak in FLOP/s, or None if it is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(config, T):
+    """Return a training step's FLOPs per token of a GPTConfig: 6 per weight in products, and 12·L·C·T for attention
+    (PaLM, appendix B).
+    """
+    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * T
