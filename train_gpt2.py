@@ -51,6 +51,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hellaswag
+from support.common import UserError, atomic_write
 
 HERE = Path(__file__).resolve().parent
 
@@ -517,7 +518,7 @@ class DataLoaderLite:
     row. A shuffled epoch permutes the shards, then the rows that start in a group of them of SHUFFLE_ROWS rows or one
     shard more: reads stay local, and yet a corpus of small shards, each of a few documents, is well mixed.
     `position`, the number of rows that all processes together have consumed, is the loader's whole state.
-    Raises fineweb.DataError for shards that are missing, broken or too short.
+    Raises UserError for shards that are missing, broken or too short.
     """
 
     SHUFFLE_ROWS = 65_536  # about a shard of FineWeb-Edu at T=1024
@@ -531,7 +532,7 @@ class DataLoaderLite:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # first token of each shard in the stream
         self.num_rows = max(0, int(self.starts[-1]) - 1) // T
         if self.num_rows == 0:
-            raise fineweb.DataError(
+            raise UserError(
                 f"{data_dir}: the {split} split holds {self.starts[-1]} tokens, too few for one row of --seq_len {T}: "
                 "shard more text with python fineweb.py, or shorten the rows"
             )
@@ -572,7 +573,7 @@ class DataLoaderLite:
             piece = self.shards[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             if len(piece) and piece.max() >= self.vocab_size:
-                raise fineweb.DataError(
+                raise UserError(
                     f"{self.paths[shard]} holds token id {piece.max()} in a vocabulary of {self.vocab_size}: "
                     "it is damaged or of another encoding; make the shards anew with python fineweb.py"
                 )
@@ -1347,7 +1348,7 @@ def cut_log(path, step):
             kept.append(line)
             evaluated |= evaluation
     if len(kept) < len(lines):
-        with fineweb.atomic_write(path) as file:
+        with atomic_write(path, "make room, then run the same command again") as file:
             file.write("".join(kept).encode())
     return evaluated
 
@@ -1735,7 +1736,7 @@ def file_errors(config):
     try:
         for split in () if lacks_demo_shards(config) else ("train", "val"):
             fineweb.find_shards(config.data_dir, split)
-    except fineweb.DataError as error:
+    except UserError as error:
         errors.append(str(error))
     except OSError as error:
         errors.append(f"--data_dir cannot be read ({error}): change its permissions, or name another folder")
@@ -1803,7 +1804,7 @@ def main(arguments=None):
             file=sys.stderr,
         )
         sys.exit(2)
-    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
+    except (ConfigError, UserError, hellaswag.HellaSwagError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except Stopped:
