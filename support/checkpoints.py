@@ -144,13 +144,13 @@ def write_model_folder(folder, weights, shape):
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, model_max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with which transformers.AutoTokenizer opens `folder`.
+    """Write tokenizer.json and tokenizer_config.json, so that transformers.AutoTokenizer opens the folder.
 
-    The result encodes text as `encoding` does, except that <|endoftext|> in a text becomes the special token.
+    That tokenizer gives the same ids as `encoding`, except that <|endoftext|> in a text becomes the special token.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # A token is spelled in GPT-2's alphabet: a printable byte stands for itself, the others are numbered from 256 on.
+    # GPT-2's alphabet for tokens: a printable byte is its own character, the other bytes are numbered from 256.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(256) if byte not in printable]
     alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(unprintable)}
@@ -167,17 +167,17 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, model_max_length: 
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
     tokenizer.save(str(Path(folder, "tokenizer.json")))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json without changes
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json without changes
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",
         "model_max_length": model_max_length,
-        "clean_up_tokenization_spaces": False,  # else decoding would drop the space of " ,"
+        "clean_up_tokenization_spaces": False,  # otherwise decoding drops the space in " ,"
     }
     Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that byte-pair encoding joins into `token`: it merges, lowest rank first, down to them."""
+    """Return the two tokens that byte-pair encoding merges last to form `token`. It merges the lowest rank first."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))

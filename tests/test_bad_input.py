@@ -284,6 +284,7 @@ def scripts(tmp_path):
     (folder / "hellaswag").mkdir(parents=True)
     for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
         shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "support", folder / "support")
 
     def run(script, *flags):
         offline = {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}

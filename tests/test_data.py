@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fineweb import DataError
+from support.common import UserError
 from train_gpt2 import DataLoaderLite
 
 T = 8
@@ -13,7 +13,7 @@ T = 8
 
 @pytest.fixture
 def corpus(tmp_path, make_shards):
-    """Shards of uneven lengths, one shorter than a row and one empty, in which a token is its place in the stream."""
+    """Shards of uneven lengths, one shorter than a row and one empty. Each token is its position in the stream."""
     lengths = [101, 3, 57, 0, 250, 8, 64]
     edges = np.cumsum([0, *lengths])
     train = [np.arange(a, b) for a, b in zip(edges, edges[1:])]
@@ -21,7 +21,7 @@ def corpus(tmp_path, make_shards):
 
 
 def take_rows(loaders, rows):
-    """The next rows of the global batches that these processes' loaders make together, each with its last target."""
+    """Return the next rows of the global batches that these loaders form together, each with its last target."""
     taken = []
     while len(taken) < rows:
         for loader in loaders:
@@ -34,7 +34,7 @@ def take_rows(loaders, rows):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_reads_every_row_once(corpus, shuffle):
-    """The original drops every shard's tail and crashes on a shard shorter than a batch; here each row comes once."""
+    """The original drops every shard's tail and crashes on a shard shorter than a batch. Here each row is read once."""
     folder, tokens = corpus
     loader = DataLoaderLite(folder, "train", 3, T, shuffle=shuffle)
     rows = (tokens - 1) // T
@@ -47,7 +47,7 @@ def test_an_epoch_reads_every_row_once(corpus, shuffle):
 
 
 def test_epochs_differ_and_repeat_with_the_seed(corpus):
-    """A shuffle must change from epoch to epoch and from seed to seed, and be the same for the same two."""
+    """The order must change with the epoch and with the seed, and be the same if both are the same."""
     folder, _ = corpus
     first, again, other = (DataLoaderLite(folder, "train", 1, T, seed=seed) for seed in (1, 1, 2))
     epochs = [take_rows([first], first.num_rows) for _ in range(2)]
@@ -57,14 +57,14 @@ def test_epochs_differ_and_repeat_with_the_seed(corpus):
 
 
 def test_shuffled_stream_is_fixed_for_good(corpus):
-    """A run resumed years later must read the same rows: a change of the generator shows here."""
+    """A run that is resumed years later must read the same rows. This test fails if the generator changes."""
     folder, _ = corpus
     loader = DataLoaderLite(folder, "train", 6, T, seed=1337)
     assert loader.next_batch()[0][:, 0].tolist() == [232, 432, 328, 184, 288, 96]
 
 
 def test_large_shards_are_read_one_at_a_time(corpus):
-    """A shuffle over the whole corpus would read a row here and a row there; ours finishes a shard, in a new order."""
+    """A shuffle over the whole corpus would read rows from everywhere. Ours finishes one shard before the next."""
     folder, _ = corpus
     loader = DataLoaderLite(folder, "train", 1, T)
     loader.SHUFFLE_ROWS = 1
@@ -79,7 +79,7 @@ def test_large_shards_are_read_one_at_a_time(corpus):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_global_batch_is_the_same_on_every_layout(corpus, shuffle):
-    """The original's ranks leave a shard at different steps; row r of step s must not depend on the layout."""
+    """The original's ranks leave a shard at different steps. Row r of step s must not depend on the layout."""
     folder, _ = corpus
     layouts = [(24, 1), (8, 1), (1, 1), (12, 2), (3, 2), (3, 8), (1, 8), (1, 24)]
     batches = []
@@ -90,7 +90,7 @@ def test_global_batch_is_the_same_on_every_layout(corpus, shuffle):
 
 
 def test_position_is_the_whole_state(corpus):
-    """A loader given another's position goes on as that one would, whatever the layout, also in a later epoch."""
+    """A loader with another loader's position continues like that one, for any layout, even in a later epoch."""
     folder, _ = corpus
     one = DataLoaderLite(folder, "train", 4, T)
     take_rows([one], 4 * 37)
@@ -101,18 +101,18 @@ def test_position_is_the_whole_state(corpus):
 
 
 def test_small_shards_are_mixed(tmp_path, make_shards):
-    """A shard of a few documents read by itself trains on those alone: 700 steps then ended at 1.43 instead of 1.18."""
+    """If a shard of a few documents is read alone, training overfits to them: 700 steps reached 1.43, not 1.18."""
     train = [np.arange(i * 100, i * 100 + 100) for i in range(50)]
     loader = DataLoaderLite(make_shards(tmp_path, {"val": [[1] * 99], "train": train}), "train", 1, T)
     loader.SHUFFLE_ROWS = 100
     rows = take_rows([loader], loader.num_rows)
     assert sorted(rows) == [list(range(i * T, i * T + T + 1)) for i in range(loader.num_rows)]
-    first = [row[0] // 100 for row in rows][:100]  # from eight or nine shards of twelve or thirteen rows, interleaved
+    first = [row[0] // 100 for row in rows][:100]  # interleaved from 8 or 9 shards of 12 or 13 rows
     assert len(set(first)) in (8, 9) and sum(a != b for a, b in zip(first, first[1:])) > 50
 
 
 def test_unshuffled_is_the_lectures_order(corpus):
-    """--no-shuffle reads the stream as build-nanogpt does: consecutive rows, ranks side by side."""
+    """--no-shuffle reads the stream like build-nanogpt: consecutive rows, one rank after the other."""
     folder, _ = corpus
     loaders = [DataLoaderLite(folder, "train", 2, T, rank, 2, shuffle=False) for rank in range(2)]
     batches = [loader.next_batch()[0] for _ in range(2) for loader in loaders]
@@ -120,7 +120,7 @@ def test_unshuffled_is_the_lectures_order(corpus):
 
 
 def test_bin_shards_read_like_npy(tmp_path, corpus):
-    """Published .bin shards must give the same batches as ours of the same tokens."""
+    """Published .bin shards must give the same batches as our shards of the same tokens."""
     folder, _ = corpus
     for path in folder.glob("*.npy"):
         tokens = np.load(path)
@@ -134,26 +134,26 @@ def test_bin_shards_read_like_npy(tmp_path, corpus):
 
 
 def test_bad_data_is_named(tmp_path, make_shards):
-    """Too little data, no data, and ids that the vocabulary does not have: one line that says where and what to do."""
+    """Too little data, no data, and ids outside the vocabulary: one line says where, and what to do."""
     folder = make_shards(tmp_path / "a", {"val": [np.arange(8)], "train": [[1] * 50 + [50257] + [1] * 50]})
-    with pytest.raises(DataError, match="too few for one row"):
+    with pytest.raises(UserError, match="too few for one row"):
         DataLoaderLite(folder, "val", 1, T)
     loader = DataLoaderLite(folder, "train", 12, T)
-    with pytest.raises(DataError, match="edufineweb_train_000001.npy holds token id 50257"):
+    with pytest.raises(UserError, match="edufineweb_train_000001.npy holds token id 50257"):
         loader.next_batch()
-    with pytest.raises(DataError, match="preset demo"):
+    with pytest.raises(UserError, match="preset demo"):
         DataLoaderLite(tmp_path / "nowhere", "train", 1, T)
     (folder / "manifest.json").write_text(json.dumps({"encoding": "gpt2", "vocab_size": 1}))
-    with pytest.raises(DataError, match="manifest.json"):
+    with pytest.raises(UserError, match="manifest.json"):
         DataLoaderLite(folder, "train", 1, T)
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path):
-    """Shards are memory-mapped: opening a corpus and reading a batch must not load it."""
+    """Shards are memory-mapped, so opening a corpus and reading a batch must not load it."""
     shard = tmp_path / "edufineweb_train_000001.npy"
     np.lib.format.open_memmap(shard, mode="w+", dtype=np.uint16, shape=(100_000_000,))  # zeros, a sparse file
     tracemalloc.start()
     DataLoaderLite(tmp_path, "train", 4, 1024).next_batch()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 10_000_000  # the shard has 200,000,000 bytes, its rows' order 800,000
+    assert peak < 10_000_000  # the shard has 200,000,000 bytes, and the order of its rows 800,000

