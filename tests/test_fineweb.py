@@ -21,6 +21,7 @@ import pytest
 import fineweb
 from fineweb import encode_all, find_shards, get_encoding, open_shard, prepare, read_manifest
 from support import sources
+from support.checkpoints import save_tokenizer
 from support.common import UserError, atomic_write
 
 ROOT = Path(fineweb.__file__).parent
