@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import save_model
 
 import fineweb
-from support.checkpoints import save_checkpoint
 from support.runlog import read_log
 from train_gpt2 import GPT, GPTConfig
 
@@ -92,7 +92,7 @@ def test_inference(run_script, tmp_path):
         pytest.skip("GPT2_PEER names no checkout of build-nanogpt")
     fineweb.prepare("stdlib", tmp_path / "data", "bytes", shard_tokens=20_000, max_tokens=40_000, workers=1)
     shape = GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
-    save_checkpoint(tmp_path / "log", GPT(shape), fineweb.get_encoding("bytes"), {"step": 1})
+    save_model(tmp_path / "log", GPT(shape))
     flags = ["--peer", os.environ["GPT2_PEER"], "--trained", tmp_path / "log", "--data", tmp_path / "data"]
     flags += ["--n_layer", 1, "--max_new_tokens", 16, "--repetitions", 1, "--rows", 4, "--out_dir", tmp_path]
     done = run_script("benchmarks/inference.py", *flags)

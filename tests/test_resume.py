@@ -11,9 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 
 import fineweb
 import train_gpt2
+from support.checkpoints import CheckpointWriter, prepare_out_dir
 from support.common import UserError
 from support.distributed import EXIT_STOPPED, StopSignal
 from support.runlog import cut_log, read_log
@@ -201,7 +201,7 @@ def test_newest_checkpoints_are_kept(undisturbed, text_shards, run_script, tmp_p
 
 
 def test_checkpoint_is_of_its_moment_and_finite(tmp_path, capsys):
-    """Training changes the tensors while the thread writes: what is saved is as it was then, and is never NaN."""
+    """Training changes the tensors while the thread writes. What is saved is as it was before, and is never NaN."""
     model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     config = train_gpt2.TrainConfig(out_dir=str(tmp_path))
     optimizers = train_gpt2.configure_optimizers(model, config)
@@ -214,22 +214,20 @@ def test_checkpoint_is_of_its_moment_and_finite(tmp_path, capsys):
     update()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     scaler, loader = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(position=8)
-    run = train_gpt2.Run(
-        model, model, optimizers, scaler, loader, loader, {}, fineweb.get_encoding("bytes"), None, None
-    )
+    encoding = fineweb.get_encoding("bytes")
+    training = train_gpt2.Training(model, model, optimizers, scaler, loader, loader, {}, encoding, None, None)
     runtime = train_gpt2.Runtime(0, 1, torch.device("cpu"), torch.float32, compile=False)
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with CheckpointWriter(tmp_path, 5, asdict(model.config), encoding, newest_step=None) as writer:
         free = threading.Event()
-        thread.submit(free.wait)
-        writer = train_gpt2.CheckpointWriter(thread, config, run, runtime, None)
-        writer.save(3, skipped=0)
+        writer.thread.submit(free.wait)
+        train_gpt2.save(3, 0, training, config, runtime, writer)
         update()
         free.set()
         writer.finish()
         with torch.no_grad():
             model.lm_head.weight[5, 5] = float("nan")
-        writer.save(4, skipped=0)
-        with pytest.raises(UserError, match="lacks the checkpoint of step 4"):
+        train_gpt2.save(4, 0, training, config, runtime, writer)
+        with pytest.raises(UserError, match="has no checkpoint of step 4"):
             writer.finish()
         assert "weights are not finite" in capsys.readouterr().err and steps_saved(tmp_path) == ["step_000003"]
     folder = tmp_path / "checkpoints" / "step_000003"
@@ -371,7 +369,7 @@ def test_signals_save_and_stop(text_shards, tmp_path, phase, processes, name):
     assert code == EXIT_STOPPED if processes == 1 else code != 0, run.text  # torchrun has exit codes of its own
     stopped = next(at for at, line in zip(run.times, run.lines) if line.startswith("stopped"))
     assert stopped - sent < (run.seconds_to(r"^step +0 \| val") / 2 if phase == "evaluating" else 10)
-    step = int(re.search(r"stopped at step (\d+): go on with --resume", run.text)[1])
+    step = int(re.search(r"stopped at step (\d+): continue with --resume", run.text)[1])
     assert step >= 14 if phase == "training" else step == 10
     assert "sample 0" not in run.text
     assert steps_saved(tmp_path / "out") == [f"step_{step:06d}"]
@@ -395,7 +393,7 @@ def test_signal_during_hellaswag(shared_data, tmp_path, make_shards):
     sent = time.monotonic()
     assert run.end() == EXIT_STOPPED, run.text
     assert run.times[-1] - sent < run.seconds_to(r"^step +0 \| val") / 2
-    assert "stopped at step 3: go on with --resume" in run.lines and read_log(tmp_path / "out" / "log.txt")["val"][
+    assert "stopped at step 3: continue with --resume" in run.lines and read_log(tmp_path / "out" / "log.txt")["val"][
         0
     ] == [0]
 
@@ -555,12 +553,11 @@ def test_restart_does_not_delete_the_run(interrupted, text_shards, capsys, monke
 
 
 def test_checkpoints_are_deleted_on_request_alone(interrupted):
-    """A folder that was mounted, or filled, after the run looked for checkpoints is not for it to clear."""
-    config = train_gpt2.TrainConfig(out_dir=str(interrupted), resume=True)
-    with pytest.raises(UserError, match="has appeared"):
-        train_gpt2.open_out_dir(config, None, [])
+    """A folder that was mounted or filled after the run looked for checkpoints must not be cleared."""
+    with pytest.raises(UserError, match="was created after this run started"):
+        prepare_out_dir(interrupted, {}, resumed=False, overwrite=False)
     assert {"step_000010", "step_000020"} <= set(steps_saved(interrupted)) and (interrupted / "log.txt").exists()
-    train_gpt2.open_out_dir(replace(config, resume=False, overwrite=True), None, [])
+    prepare_out_dir(interrupted, {}, resumed=False, overwrite=True)
     assert steps_saved(interrupted) == [] and not (interrupted / "log.txt").exists()
 
 

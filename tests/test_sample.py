@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from helpers import save_model
 from transformers import PreTrainedTokenizerFast
 
 import fineweb
 import sample
-from support.checkpoints import save_checkpoint
 from support.common import UserError
 from train_gpt2 import GPT, GPTConfig
 
@@ -26,7 +26,7 @@ def run_folder(tmp_path_factory):
     for seed, step in enumerate((2, 10)):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
-        save_checkpoint(folder, model, fineweb.get_encoding("bytes"), {"step": step})
+        save_model(folder, model, step)
     (folder / "checkpoints" / ".step_000020").mkdir()
     return folder
 
@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_are_named(main, tmp_path):
     """Sampling from them would end in an assertion of torch's."""
     model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     model.transformer.ln_f.weight.data[0] = math.nan
-    save_checkpoint(tmp_path, model, fineweb.get_encoding("bytes"), {"step": 1})
+    save_model(tmp_path, model)
     code, _, stderr = main(sample, ["--model", tmp_path, "--device", "cpu"])
     assert code == 2 and "its weights are not all finite" in stderr and len(stderr.splitlines()) == 1
 
