@@ -28,14 +28,13 @@ import re
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -322,37 +321,10 @@ def exact_fp32(device):
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(torch.device(device).type, enabled=False), cpu_products(device):
+        with torch.autocast(torch.device(device).type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def cpu_products(device):
-    """OneDNN where there is MKL to be replaced, and nothing elsewhere."""
-    both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return OneDNN() if both and torch.device(device).type == "cpu" else nullcontext()
-
-
-class OneDNN(TorchFunctionMode):
-    """
-    Sends the float32 products of linear layers to oneDNN, which torch otherwise keeps for bfloat16: on an AMD it takes
-    0.8 of MKL's time. The operator is the one that torch.compile puts in their place on a CPU.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        states, weight, bias = (*args, None, None, None)[:3]
-        if function is torch.addmm:  # transformers' Conv1D
-            bias, states, weight = args[0], args[1], args[2].t() if isinstance(args[2], torch.Tensor) else None
-        elif function is not F.linear:
-            return function(*args, **kwargs)
-        tensors = [states, weight] if bias is None else [states, weight, bias]
-        fits = not kwargs and all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in tensors)
-        fits = fits and weight.dim() == 2 and weight.numel() and states.numel() and not torch.compiler.is_compiling()
-        if not fits or (bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous())):
-            return function(*args, **kwargs)  # what the operator does not check
-        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -280,32 +280,6 @@ def test_matmul_precision_is_highest_inside_and_restored(model, encode, rows):
     assert seen == ["highest", "highest"]
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only where torch has MKL as well as oneDNN")
-def test_products_go_to_onednn_and_are_the_same(model, model_folder, encode, few):
-    """Guards the speed on a CPU, of both models, and what must pass by: other types, keywords, sums."""
-    rows, _ = few
-    gpt = GPT.from_pretrained(model_folder)
-    for trunk, head in (halves(model), (gpt.trunk, gpt.head)):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            hellaswag.score(trunk, head, prepare(rows, encode, 160))
-        products = {event.key: event.count for event in profile.key_averages()}
-        assert products["mkldnn::_linear_pointwise"] == 4 * model.config.n_layer + hellaswag.HEAD_PARTS["cpu"]
-        assert not {"aten::addmm", "aten::linear"} & products.keys()
-    x, weight, bias = torch.randn(3, 5, 8), torch.randn(4, 8), torch.randn(4)
-    for arguments in ((x, weight), (x, weight, bias), (x[0, 0], weight, bias), (x[:, :0], weight, bias),
-                      (x.transpose(0, 1), weight), (x.double(), weight.double(), bias.double()), (x, weight[0]),
-                      (x, weight, bias[:1].expand(4)), (x, weight, torch.randn(8)[::2])):  # fmt: skip
-        with hellaswag.OneDNN():
-            ours = F.linear(*arguments)
-        torch.testing.assert_close(ours, F.linear(*arguments))
-    with hellaswag.OneDNN():
-        torch.testing.assert_close(torch.addmm(bias, x[0], weight.t()), x[0] @ weight.t() + bias)
-        torch.testing.assert_close(torch.addmm(bias, x[0], weight.t(), beta=2), x[0] @ weight.t() + 2 * bias)
-        torch.testing.assert_close(torch.addmm(x[0] @ weight.t(), x[0], weight.t()), 2 * x[0] @ weight.t())
-        torch.testing.assert_close(F.linear(x, weight, bias=bias), x @ weight.t() + bias)
-    assert hellaswag.load_model(model_folder)[0].config.activation_function == "gelu_pytorch_tanh"
-
-
 def test_no_graph_is_kept(model, encode, rows):
     """Guards an evaluation that holds every activation for a backward pass, and so runs out of memory."""
     trunk, head = halves(model)
