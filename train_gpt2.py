@@ -51,11 +51,14 @@ from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hellaswag
+from support import common
+from support.checkpoints import list_checkpoints, newest_checkpoint, open_gpt2
+from support.common import UserError
 
 HERE = Path(__file__).resolve().parent
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A user's mistake, said in lines that name the flag or file and what mends it. main() exits with code 2 on it."""
 
 
@@ -315,19 +318,6 @@ def head_loss(states, weight, targets, vocab_size):
     return loss
 
 
-def check_is_gpt2(hf_config):
-    """Raise ValueError unless a Hugging Face config describes exactly the computation that GPT does."""
-    if hf_config.model_type != "gpt2":
-        raise ValueError(f"its model_type is {hf_config.model_type}")
-    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
-    for name, value in expected.items():
-        if getattr(hf_config, name, value) != value:
-            raise ValueError(f"its {name} is {getattr(hf_config, name)}, GPT-2's is {value}")
-    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
-        raise ValueError(f"its n_inner is {hf_config.n_inner}, GPT-2's is 4 * n_embd")
-
-
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019), with the names of OpenAI's and Hugging Face's parameters."""
 
@@ -437,21 +427,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder, flash=True, dropout=0.0):
         """A model with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, any other Hub name
         or any folder of a GPT2LMHeadModel, our checkpoints among them. flash and dropout are this model's, whatever the
-        folder was trained with. Raises ConfigError for what is not to be had, is no GPT-2 or lacks weights.
+        folder was trained with. Raises UserError if open_gpt2 does.
         """
-        transformers = hellaswag.import_transformers()
-        try:
-            hf_config = transformers.AutoConfig.from_pretrained(name_or_folder)
-            check_is_gpt2(hf_config)
-            options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            hf_model, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
-        except Exception as error:  # whatever a broken folder makes its readers raise: OSError, SafetensorError, …
-            hint = "give a Hub name, a Hugging Face GPT-2 folder or an output folder of train_gpt2.py"
-            reason = hellaswag.one_line(error)
-            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: {reason} ({hint})") from None
-        lacking = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-        if lacking:
-            raise ConfigError(f"cannot load a GPT-2 from {name_or_folder}: it lacks weights, {lacking[0]} among them")
+        hf_model = open_gpt2(name_or_folder, "the model", exactly=True)
+        hf_config = hf_model.config
         config = GPTConfig(
             block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, flash=flash, dropout=dropout,
             n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd,
@@ -838,7 +817,7 @@ class Runtime:
 
 def pick_device(name):
     """A device type by its flag. auto is the fastest one that is here."""
-    return hellaswag.pick_device(name) if name == "auto" else name
+    return common.pick_device(name) if name == "auto" else name
 
 
 def pick_dtype(name, device_type):
@@ -858,7 +837,7 @@ def compiler_error(device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
     except Exception as error:  # Inductor, Triton and the compilers that they call each have errors of their own
-        return hellaswag.one_line(error)
+        return common.one_line(error)
 
 
 def fresh_store(rank):
@@ -961,7 +940,7 @@ def load_hellaswag(config, encoding, block_size, runtime):
         try:
             rows = hellaswag.find_rows(config.hellaswag_file)
             examples = hellaswag.prepare(rows, encoding.encode_ordinary, block_size)  # once for all evaluations
-        except hellaswag.HellaSwagError as error:
+        except UserError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
                 raise  # a file that was asked for
             runtime.print0(f"training without HellaSwag: {error}")
@@ -1019,7 +998,7 @@ class Log:
             if self.tracker:
                 getattr(importlib.import_module(self.tracker), function)(*values, **options)
         except Exception as error:  # of its import, its network and itself, each in its own way
-            print(f"warning: on without the tracker: {hellaswag.one_line(error)}", file=sys.stderr, flush=True)
+            print(f"warning: on without the tracker: {common.one_line(error)}", file=sys.stderr, flush=True)
             self.tracker = None
 
     def write(self, step, **values):
@@ -1198,10 +1177,10 @@ class CheckpointWriter:
             folder = save_checkpoint(config.out_dir, run.raw_model, run.encoding, state, weights)
             print(f"saved {folder}\n", end="", flush=True)  # a whole line at once, for training prints too
         except Exception as error:  # of the system, of torch or of safetensors, each in its own way
-            reason = f"{hellaswag.one_line(error)}: the older checkpoints stay, the next evaluation tries again"
+            reason = f"{common.one_line(error)}: the older checkpoints stay, the next evaluation tries again"
             print(f"error: saving step {state['step']} failed, {reason}\n", end="", file=sys.stderr, flush=True)
             raise
-        for folder in hellaswag.list_checkpoints(config.out_dir)[: -config.keep_checkpoints]:
+        for folder in list_checkpoints(config.out_dir)[: -config.keep_checkpoints]:
             with suppress(OSError):  # one that another program has open goes the next time
                 delete_checkpoint(folder)
 
@@ -1237,7 +1216,7 @@ def load_checkpoint(out_dir, runtime):
     from safetensors.torch import load_file
 
     state, weights, damaged = None, None, []
-    for folder in reversed(hellaswag.list_checkpoints(out_dir)):
+    for folder in reversed(list_checkpoints(out_dir)):
         try:
             saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
             needed = {"step", "skipped", "optimizers", "scaler", "loader", "rng", "fingerprint", "config"}
@@ -1246,7 +1225,7 @@ def load_checkpoint(out_dir, runtime):
             state, weights = saved, load_file(folder / "model.safetensors")
             break
         except Exception as error:  # of zip, pickle, safetensors, …: whatever a damaged file makes its readers raise
-            reason = hellaswag.one_line(error)
+            reason = common.one_line(error)
             if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
                 raise ConfigError(f"cannot read {folder} ({reason}): mend that, and --resume") from error
             runtime.print0(f"warning: {folder} is damaged: {reason}")
@@ -1327,7 +1306,7 @@ def open_out_dir(config, resumed_step, damaged):
         os.replace(folder, aside)
     if resumed_step is not None:
         return cut_log(out_dir / "log.txt", resumed_step)
-    for folder in hellaswag.list_checkpoints(out_dir):
+    for folder in list_checkpoints(out_dir):
         if not config.overwrite:
             raise ConfigError(f"{folder} has appeared since this run was started: start it again")
         delete_checkpoint(folder)
@@ -1498,7 +1477,7 @@ def load_model(model_config, encoding, config):
     """The model to train, on the CPU: freshly drawn, or the one that --init_from names if it fits the data."""
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
-    folder = hellaswag.newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
+    folder = newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
     model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout)
     if model.config.vocab_size != encoding.n_vocab:
         raise ConfigError(
@@ -1742,7 +1721,7 @@ def file_errors(config):
     try:
         if config.hellaswag_file not in ("none", TrainConfig.hellaswag_file):
             hellaswag.load_rows(config.hellaswag_file)
-    except hellaswag.HellaSwagError as error:
+    except UserError as error:
         errors.append(f"--hellaswag_file {error}")
     out_dir = Path(config.out_dir).resolve()
     existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False where it is hidden
@@ -1803,7 +1782,7 @@ def main(arguments=None):
             file=sys.stderr,
         )
         sys.exit(2)
-    except (ConfigError, fineweb.DataError, hellaswag.HellaSwagError, OSError) as error:
+    except (UserError, fineweb.DataError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except Stopped:

@@ -24,6 +24,7 @@ def demo(tmp_path_factory, run_script):
     folder = tmp_path_factory.mktemp("copy")
     for script in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
         shutil.copy(ROOT / script, folder)
+    shutil.copytree(ROOT / "support", folder / "support")
     done = run_script(folder / "train_gpt2.py", "--preset", "demo", timeout=900, OMP_NUM_THREADS=str(os.cpu_count()))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
-from train_gpt2 import GPT, PRESETS, ConfigError, GPTConfig, KVCache, TrainConfig, configure_optimizers
+from support.common import UserError
+from train_gpt2 import GPT, PRESETS, GPTConfig, KVCache, TrainConfig, configure_optimizers
 
 TINY = GPTConfig(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=32)
 
@@ -106,7 +107,7 @@ def test_from_pretrained_refuses_what_is_not_gpt2(tmp_path):
     config.write_text(config.read_text().replace('"n_positions": 8', '"n_positions": 9'))
     reasons = {"relu": "activation", "llama": "llama", "lacking": "c_fc", "cut": "cut", "longer": "wpe", "none": "none"}
     for folder, reason in reasons.items():
-        with pytest.raises(ConfigError, match=reason) as error:
+        with pytest.raises(UserError, match=reason) as error:
             GPT.from_pretrained(str(tmp_path / folder))
         assert "\n" not in str(error.value)
 
