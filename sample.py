@@ -1,5 +1,5 @@
 """
-Generate text from any GPT-2: one of Hugging Face's, or a checkpoint of ours.
+Generate text from any GPT-2: a model of Hugging Face or a checkpoint of this project.
 
     python sample.py --model log                          the newest checkpoint of train_gpt2.py's output folder
     python sample.py --model gpt2 --prompt "In the beginning" --num_samples 2
@@ -9,15 +9,17 @@ Generate text from any GPT-2: one of Hugging Face's, or a checkpoint of ours.
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-import hellaswag
-from train_gpt2 import GPT, ConfigError, TrainConfig
+from support.checkpoints import load_tokenizer, newest_checkpoint
+from support.common import UserError, exit_on_error, one_line, pick_device
+from train_gpt2 import GPT, TrainConfig
 
 
-def run(
+def command(
     model: str = TrainConfig.out_dir,
     prompt: str = TrainConfig.prompt,
     prompt_file: str | None = None,
@@ -30,93 +32,86 @@ def run(
     int8: bool = False,
     device: str = "auto",
 ) -> None:
-    """Print samples of a GPT-2. All are drawn together: the first is shown as it grows, the others when it is done.
+    """Print samples of a GPT-2. They are generated together; the first is shown while it grows, the others at the end.
 
     Args:
         model: a Hugging Face name, a model folder, or an output folder of train_gpt2.py (its newest checkpoint)
-        prompt: what the samples begin with
-        prompt_file: a text file to begin with instead, or - for standard input
-        num_samples: how many
-        max_new_tokens: tokens added to the prompt
-        temperature: 0 for the likeliest text, 1 for the model's own distribution
-        top_k: how many of the likeliest tokens to draw from
-        top_p: draw from the likeliest of these that together have this probability (1 for all)
-        seed: of the draw; the same seed gives the same samples
-        int8: keep the weights of the matrices in 8 bits: about half the memory, slower on a CPU; needs torchao
-        device: auto, cuda, mps or cpu; auto is the first of these that is here
+        prompt: the text that the samples begin with
+        prompt_file: read the prompt from this text file instead; - is standard input
+        num_samples: the number of samples
+        max_new_tokens: tokens to add to the prompt
+        temperature: 0 always chooses the most likely token, 1 samples from the model's own distribution
+        top_k: sample only from this many most likely tokens
+        top_p: of these, sample only from the most likely ones that together have this probability (1: all)
+        seed: the seed of the sampling; the same seed gives the same samples
+        int8: store the weight matrices in 8 bits: about half the memory, but slower on a CPU; needs torchao
+        device: auto, cuda, mps or cpu; auto is the first of these that is available
     """
     check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed)
-    prompt = prompt if prompt_file is None else read_prompt(prompt_file)
-    check_prompt(prompt)
-    name = hellaswag.newest_checkpoint(model)
-    device = hellaswag.pick_device(device)
+    prompt = read_prompt(prompt, prompt_file)
+    name, device = newest_checkpoint(model), pick_device(device)
     gpt = GPT.from_pretrained(name).to(device).eval()
     if not all(parameter.isfinite().all() for parameter in gpt.parameters()):
-        raise ConfigError(f"--model {model}: its weights are not all finite, take an earlier checkpoint")
+        raise UserError(f"--model {model} has weights that are not finite. Give an earlier checkpoint")
     if int8:
         quantize(gpt)
-    encode, decode = hellaswag.load_tokenizer(name, gpt.config.vocab_size)
-    ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)
+    encode, decode = load_tokenizer(name, gpt.config.vocab_size)
+    ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)  # (B, T)
     if not ids.size(1):
-        raise ConfigError("the model's tokenizer makes nothing of the prompt: give it words (--prompt, --prompt_file)")
+        raise UserError("the prompt has no tokens in the model's tokenizer. Give another --prompt or --prompt_file")
     generator = torch.Generator(device).manual_seed(seed)
     show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode)
 
 
-def check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed):
-    """Raise ConfigError with a line for each that is out of its range."""
+def check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed) -> None:
+    """Check that each number is in its range. Raises UserError with one line per wrong number."""
     counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
     errors = [f"--{name} is {value}: it must be above 0" for name, value in counts.items() if value < 1]
     if not 0 <= temperature < math.inf:
-        errors.append(f"--temperature is {temperature}: it must be 0 or more and finite")
+        errors.append(f"--temperature is {temperature}: it must be finite, and 0 or more")
     if not 0 < top_p <= 1:
-        errors.append(f"--top_p is {top_p}: it is a probability, above 0 and at most 1")
+        errors.append(f"--top_p is {top_p}: it must be a probability above 0 and at most 1")
     if not 0 <= seed < 2**64:
         errors.append(f"--seed is {seed}: it must be from 0 to 2**64 - 1")
     if errors:
-        raise ConfigError("\n".join(errors))
+        raise UserError("\n".join(errors))
 
 
-def check_prompt(prompt):
-    """Raise ConfigError for one that no tokenizer can read."""
+def read_prompt(prompt: str, path: str | None) -> str:
+    """Return the prompt, or the text of a file if path is given (- is standard input). Raises UserError."""
+    source = "--prompt" if path is None else f"--prompt_file {path}"
+    try:
+        if path is not None:
+            data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+            prompt = data.decode().replace("\r\n", "\n").removesuffix("\n")  # editors and echo add the last line break
+        prompt.encode()  # raises if the shell passed bytes that are not text
+    except UnicodeError:
+        raise UserError(f"{source} is not UTF-8 text. Convert it to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}). Give another file") from error
     if not prompt:
-        raise ConfigError("the prompt is empty: samples need something to begin with (--prompt, --prompt_file)")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # the shell passed bytes that are no text
-        raise ConfigError("--prompt is not UTF-8 text") from None
+        raise UserError(f"{source} is empty, but samples need a beginning. Give some text")
+    return prompt
 
 
-def read_prompt(path):
-    """The UTF-8 text of a file, or of standard input for -. Raises ConfigError."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = data.decode("utf-8").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ConfigError(f"--prompt_file {path}: {reason}") from error
-    return text.removesuffix("\n")  # an editor's, or echo's
-
-
-def quantize(gpt):
-    """Keep the weights of gpt's linear layers as 8-bit integers, with a scale for each row. Raises ConfigError."""
+def quantize(gpt: GPT) -> None:
+    """Store the weights of linear layers as 8-bit integers with one scale per row. Raises UserError without torchao."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         config = Int8WeightOnlyConfig(version=2)
-    except (ImportError, TypeError) as error:  # none, or one older than its version 2
-        mend = "pip install -U torchao"
-        raise ConfigError(f"--int8 needs torchao ({hellaswag.one_line(error)}): {mend}") from error
-    quantize_(gpt, config)  # the token embedding itself stays: a row of it is read for a token
+    except (ImportError, TypeError) as error:  # TypeError: this torchao is too old to know version 2
+        raise UserError(f"--int8 needs torchao ({one_line(error)}). Install it: pip install -U torchao") from error
+    quantize_(gpt, config)  # the token embedding stays in float32, because each token reads only one row of it
 
 
-def show(ids, stream, decode):
-    """Print the rows of ids (B, T) and what the stream appends, (B, 1) at a time: the first row as it grows."""
+def show(ids: torch.Tensor, stream: Iterator[torch.Tensor], decode: Callable) -> None:
+    """Print the sequences ids (B, T) and the ids (B, 1) that the stream appends. The first is shown while it grows."""
     print("--- sample 0")
     shown = ""
     for next_ids in stream:
-        text = decode(ids[0].tolist())  # all of it: how a token reads may depend on the one before
-        if not text.endswith("\ufffd"):  # as the first bytes of a character do, until the rest has come
+        text = decode(ids[0].tolist())  # decode all tokens, because the text of one may depend on the one before it
+        if not text.endswith("\ufffd"):  # the last character still lacks some of its bytes
             print(text[len(shown) :], end="", flush=True)
             shown = text
         ids = torch.cat((ids, next_ids), dim=1)
@@ -126,25 +121,20 @@ def show(ids, stream, decode):
         print(f"--- sample {i}\n{text}")
 
 
-def main():
-    """Sample as the command line says. Exit code 2 for a user's mistake, 130 for Ctrl-C."""
+def main() -> None:
+    """Run the command line. The exit code is 2 for a user error and 130 for Ctrl-C."""
     import tyro
 
-    try:
-        tyro.cli(run, use_underscores=True)
-        sys.stdout.flush()
-    except (ConfigError, hellaswag.HellaSwagError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: give fewer --num_samples, or --device cpu", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever reads has had enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with exit_on_error():
+        try:
+            tyro.cli(command, use_underscores=True)
+            sys.stdout.flush()
+        except torch.OutOfMemoryError:
+            raise UserError("the GPU memory is too small. Give fewer --num_samples, or --device cpu") from None
+        except BrokenPipeError:  # the program that reads our output, such as head, has closed the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that the terminal cannot show
     main()

@@ -1,13 +1,13 @@
 """
-Do hellaswag.py's log-likelihoods and choices agree, row by row, with others' that share no code with it?
+Compare the log-likelihoods and choices of hellaswag.py, row by row, with implementations that share no code with it.
 
     pip install "lm-eval[hf]==0.4.13"    (for this check alone; the project does not depend on it)
     python benchmarks/hellaswag_agreement.py --model FOLDER --file hellaswag_val.jsonl
 
-harness is compared with lm-evaluation-harness itself: its hellaswag task, on a local file, and its own scoring of
-a Hugging Face model. completion is compared with a plain loop, one ending at a time in fp32 without padding; and so is
-train_gpt2.py's own model. Each comparison is made for the weights of FOLDER, for random weights of its shape, and for
-random weights and 80 positions, where contexts have to be cut. Prints a table in markdown and writes
+The harness style is compared with lm-evaluation-harness: its hellaswag task, on a local file, and its own scoring of a
+Hugging Face model. The completion style and the model of train_gpt2.py are compared with a plain loop, which scores one
+ending at a time in fp32 without padding. Each comparison is made for the weights of FOLDER, for random weights of its
+shape, and for random weights with 80 positions, which require contexts to be cut. Prints a Markdown table and writes
 benchmarks/results/hellaswag_agreement.json.
 """
 
@@ -27,16 +27,17 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hellaswag
+from support.checkpoints import load_tokenizer, newest_checkpoint, open_gpt2
 from train_gpt2 import GPT
 
 
 def from_harness(folder, file, rows):
-    """Log-likelihoods (rows, 4), choices for acc and for acc_norm, and {metric: (value, standard error)} of lm-eval."""
+    """Return lm-eval's log-likelihoods (rows, 4), choices for acc and for acc_norm, and {metric: value}."""
     import lm_eval
 
     original = Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
     with tempfile.TemporaryDirectory() as into:
-        task = Path(into) / "hellaswag.yaml"  # the original in all but the place of the rows
+        task = Path(into) / "hellaswag.yaml"  # the original, except for the location of the rows
         place = json.dumps({"data_files": {"validation": str(file)}})
         lines = ["task: hellaswag", "training_split: null", "dataset_path: json", f"dataset_kwargs: {place}"]
         task.write_text("\n".join([f"include: {original}", *lines]))
@@ -53,7 +54,8 @@ def from_harness(folder, file, rows):
     characters = torch.tensor([[len(choice) for choice in sample["doc"]["choices"]] for sample in samples])
     choices, choices_norm = logs.argmax(1), (logs / characters).argmax(1)
     labels = torch.tensor([row["label"] for row in rows])
-    for metric, chosen in (("acc", choices), ("acc_norm", choices_norm)):  # the choices are what lm-eval counted
+    # These choices must be the ones that lm-eval counted.
+    for metric, chosen in (("acc", choices), ("acc_norm", choices_norm)):
         assert [int(sample[metric]) for sample in samples] == (chosen == labels).int().tolist()
     scores = done["results"]["hellaswag"]
     return logs, choices, choices_norm, {name: scores[f"{name},none"] for name in ("acc", "acc_norm")}
@@ -61,7 +63,7 @@ def from_harness(folder, file, rows):
 
 @torch.no_grad()
 def from_plain_loop(folder, rows, encode):
-    """The same of a loop over single endings, completion style."""
+    """Return the same values from a loop over single endings, in completion style."""
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     logs, lengths = [], []
     for row in rows:
@@ -82,7 +84,7 @@ def from_plain_loop(folder, rows, encode):
 
 
 def compare(name, answers, theirs):
-    """One line of the table."""
+    """Compute one line of the table."""
     logs, choices, choices_norm, scores = theirs
     answers = sorted(answers, key=lambda answer: answer.example.number)
     ours = -torch.tensor([answer.losses for answer in answers], dtype=torch.float64)
@@ -99,8 +101,9 @@ def compare(name, answers, theirs):
 
 
 def comparisons(folder, file, rows, weights):
-    """All comparisons of one model folder."""
-    model, encode = hellaswag.load_model(str(folder))
+    """Yield all comparisons of one model folder."""
+    model = open_gpt2(folder)
+    encode, _ = load_tokenizer(str(folder), model.config.vocab_size)
     callables, positions = hellaswag.trunk_and_head(model.eval()), model.config.n_positions
     harness = hellaswag.prepare(rows, encode, positions, "harness")
     yield compare(f"{weights}: harness, lm-eval", hellaswag.ask(*callables, harness), from_harness(folder, file, rows))
@@ -112,7 +115,7 @@ def comparisons(folder, file, rows, weights):
 
 
 def variants(folder, into):
-    """The folder, and two of its tokenizer with random weights: (name, folder)."""
+    """Yield (name, folder): the given folder, and two with its tokenizer and random weights."""
     yield "trained", Path(folder)
     for name, positions in (("random", None), ("random, 80 positions", 80)):
         copy = Path(into) / name.replace(", ", "_").replace(" ", "_")
@@ -130,7 +133,7 @@ def main():
     parser.add_argument("--file", required=True, help="rows with every field of the official file")
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
-    rows, folder = hellaswag.load_rows(args.file, args.limit, "harness"), hellaswag.newest_checkpoint(args.model)
+    rows, folder = hellaswag.load_rows(args.file, args.limit, "harness"), newest_checkpoint(args.model)
     lines = []
     with tempfile.TemporaryDirectory() as into:
         for weights, variant in variants(folder, into):

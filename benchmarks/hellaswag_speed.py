@@ -1,13 +1,14 @@
 """
-HellaSwag beside build-nanogpt's own loop: the same rows, GPT-2 124M's shape, random weights, in turns.
+Time HellaSwag against build-nanogpt's loop, alternately: the same rows, GPT-2 124M's shape, random weights.
 
     git clone https://github.com/karpathy/build-nanogpt PEER
     python benchmarks/hellaswag_speed.py --peer PEER --file hellaswag_val.jsonl --rows 60
 
-The peer's render_example is imported from its hellaswag.py; the loop around it is that of its evaluate(), with the
-counting and without the printing. Two pairs are timed, of the same weights: Hugging Face's class, as each command opens
-it, and train_gpt2.GPT on both sides. Ours counts everything from text to counts, tokenizing included. Prints a table in
-markdown and writes benchmarks/results/hellaswag_speed.json, or hellaswag_speed_cuda.json. Leave the machine alone.
+The peer's render_example is imported from its hellaswag.py. The loop around it is that of its evaluate(), with the
+counting and without the printing. Two pairs with the same weights are timed: Hugging Face's class, as each command
+opens it, and train_gpt2.GPT on both sides. Our time includes everything from text to counts, also tokenizing. Prints a
+Markdown table and writes benchmarks/results/hellaswag_speed.json, or hellaswag_speed_cuda.json. Run nothing else
+meanwhile.
 """
 
 import argparse
@@ -28,11 +29,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
 import hellaswag
+from support.checkpoints import open_gpt2
 from train_gpt2 import GPT, GPTConfig
 
 
 def load_peer(folder):
-    """build-nanogpt's hellaswag.py as a module."""
+    """Import build-nanogpt's hellaswag.py as a module."""
     spec = importlib.util.spec_from_file_location("peer_hellaswag", Path(folder) / "hellaswag.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +43,7 @@ def load_peer(folder):
 
 @torch.no_grad()
 def peer_counts(render_example, logits_of, rows, device):
-    """What build-nanogpt does with each row: four padded sequences, logits everywhere, losses everywhere, a mask."""
+    """Do what build-nanogpt does with each row: four padded sequences, logits and losses everywhere, then a mask."""
     correct = correct_norm = 0
     for row in rows:
         _, tokens, mask, label = render_example(row)
@@ -57,19 +59,19 @@ def peer_counts(render_example, logits_of, rows, device):
 
 
 def positions(rows, encode):
-    """Token positions fed by the peer's loop and by ours, before the padding of our batches."""
+    """Count the token positions that the peer's loop and ours compute, before the padding of our batches."""
     packs = [example.packs for example in hellaswag.prepare(rows, encode)]
     peer = sum(4 * (len(pack[0][0]) + max(map(len, pack[0][1]))) for pack in packs)
     return {"rows": len(rows), "peer": peer, "ours": sum(hellaswag.width(pack) for pack in packs)}
 
 
 def time_pair(name, peer, ours, repetitions, device):
-    """Run the two in turns: medians of seconds, and of the ratios of neighbours."""
+    """Run the two alternately. Return the medians of their seconds, and of the ratios of adjacent runs."""
     seconds, counts = {"peer": [], "ours": []}, {}
     for _ in range(repetitions + 1):  # the first warms up
         for who, work in (("peer", peer), ("ours", ours)):
             start = time.perf_counter()
-            counts[who] = work()  # ends with numbers on the CPU, so that a device has finished
+            counts[who] = work()  # returns numbers on the CPU, so the device has finished
             seconds[who].append(time.perf_counter() - start)
             print(f"{name}, {who}: {seconds[who][-1]:.2f} s, {tuple(counts[who])}", file=sys.stderr, flush=True)
     ratios = [a / b for a, b in zip(seconds["peer"][1:], seconds["ours"][1:], strict=True)]
@@ -84,7 +86,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", required=True, help="a checkout of build-nanogpt")
     parser.add_argument("--file", required=True, help="HellaSwag's rows")
-    parser.add_argument("--rows", type=int, default=60, help="every so-many-th row of the file, so many in all")
+    parser.add_argument("--rows", type=int, default=60, help="the number of rows, evenly spaced in the file")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch_tokens", type=int)
@@ -94,12 +96,12 @@ def main():
     encode, render_example = fineweb.get_encoding("gpt2").encode_ordinary, load_peer(args.peer).render_example
     torch.manual_seed(0)
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, which the peer's evaluate() turns on; ours turns it off
+        torch.set_float32_matmul_precision("high")  # TF32: the peer's evaluate() turns it on, ours turns it off
     gpt = GPT(GPTConfig()).to(device).eval()
-    with tempfile.TemporaryDirectory() as folder:  # each program opens it in its own way
+    with tempfile.TemporaryDirectory() as folder:  # each program opens the model in its own way
         gpt.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
-        opened = hellaswag.load_model(folder)[0].to(device).eval()
+        opened = open_gpt2(folder).to(device).eval()
 
     def ours(trunk, head):
         return hellaswag.evaluate(trunk, head, encode, rows, device=device, batch_tokens=args.batch_tokens)
@@ -115,7 +117,7 @@ def main():
     ]  # fmt: skip
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     result = {
-        "what": "HellaSwag, GPT-2 124M's shape, random weights, fp32; seconds are medians of runs in turns",
+        "what": "HellaSwag, GPT-2 124M's shape, random weights, fp32; seconds are medians of alternating runs",
         "positions": positions(rows, encode), "positions_of_the_file": positions(every, encode), "timings": timings,
         "machine": f"{machine}, {torch.get_num_threads()} threads", "load_average": os.getloadavg()[0],
         "torch": torch.__version__, "transformers": transformers.__version__, "repetitions": args.repetitions,

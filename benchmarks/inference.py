@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import transformers
 from measure import ROOT, describe, revision, write_report
 
-import hellaswag
 import sample
+from support.checkpoints import newest_checkpoint
 from support.common import pick_device
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
@@ -195,7 +195,7 @@ def main():
     gpt = GPT(args.model_config).to(args.device).eval()
     programs = make_programs(args, gpt)
     milliseconds = time_programs(programs, args)
-    trained = GPT.from_pretrained(hellaswag.newest_checkpoint(args.trained)).to(args.device).eval()
+    trained = GPT.from_pretrained(newest_checkpoint(args.trained)).to(args.device).eval()
     loader = DataLoaderLite(args.data, "val", 1, trained.config.block_size, shuffle=False, device=args.device)
     losses = {name: validation_loss(model, loader, args.rows) for name, model in variants(trained).items()}
     rate, rows = read_rate(args.device), []

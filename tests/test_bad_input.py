@@ -279,9 +279,13 @@ WRONG_FILES = {
 
 @pytest.fixture
 def scripts(tmp_path):
-    """run(script, *flags) -> (exit code, stdout, stderr), of copies whose default folders are in tmp_path/scripts."""
+    """Return (folder, run): copies of the scripts, so that their default folders are in tmp_path/scripts.
+
+    run(script, *flags) -> (exit code, stdout, stderr).
+    """
     folder = tmp_path / "scripts"
     (folder / "hellaswag").mkdir(parents=True)
+    shutil.copytree(ROOT / "support", folder / "support")
     for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "support", folder / "support")
@@ -298,7 +302,7 @@ def scripts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG_FILES)
 def test_a_wrong_official_file_is_named(data, tiny, scripts, wrong):
-    """What once went wrong at the file's default place was read as data for good, or blamed on a flag not given."""
+    """A damaged file at the default place must not be used as data, and the error must not blame a flag."""
     folder, run = scripts
     file = folder / "hellaswag" / "hellaswag_val.jsonl"
     file.write_text(WRONG_FILES[wrong])
@@ -313,7 +317,7 @@ def test_a_wrong_official_file_is_named(data, tiny, scripts, wrong):
 
 
 def test_the_official_file_and_any_other(tmp_path, monkeypatch):
-    """The whole file passes at its place, and a file that the user names may have any number of rows."""
+    """The official file must be complete, but a file that the user names may have any number of rows."""
     for rows, name in ((hellaswag.FULL_ROWS, "official.jsonl"), (7, "mine.jsonl")):
         (tmp_path / name).write_text(ROW * rows)
     monkeypatch.setattr(hellaswag, "FILE", tmp_path / "official.jsonl")
@@ -389,7 +393,7 @@ def test_numbers_that_do_not_fit_each_other_are_named(tmp_path, data, tiny, main
 
 
 def test_a_folder_without_a_model_is_named(tmp_path, data, tiny, main):
-    """--init_from takes output folders, and must say it, not another flag, where one is empty."""
+    """--init_from takes output folders. If one is empty, the error must name this flag and no other."""
     add_manifest(data, "bytes")
     (tmp_path / "empty").mkdir()
     ended = main(train_gpt2, [*tiny, "--init_from", tmp_path / "empty"])
@@ -424,14 +428,14 @@ def test_fineweb_refuses_senseless_numbers(tmp_path, main, flag, value):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_hellaswag_refuses_a_senseless_limit(tmp_path, main, limit):
-    """No rows have no accuracy, and -1 would leave out the last."""
+    """Without rows there is no accuracy, and -1 would leave out the last row."""
     (tmp_path / "rows.jsonl").write_text(ROW * 3)
     flags = ["--device", "cpu", "--file", tmp_path / "rows.jsonl", f"--limit={limit}"]
     the_error(main(hellaswag, flags), f"--limit {limit}", "above 0")
 
 
 def test_a_senseless_limit_is_named_before_the_download(scripts):
-    """With the default file, which is not there yet: the flag is at fault, not the network."""
+    """If the default file is not downloaded yet, the error must name the flag and not the network."""
     the_error(scripts[1]("hellaswag.py", "--limit", 0), "--limit 0", "above 0")
 
 
@@ -442,5 +446,5 @@ def test_a_senseless_limit_is_named_before_the_download(scripts):
     + [("seed", -1), ("seed", 2**64)],
 )
 def test_sample_refuses_senseless_numbers(main, flag, value):
-    """A temperature of nan was a traceback from the draw, and the line named four flags, whichever it was."""
+    """The error names the flag that is wrong. A temperature of nan would fail only while sampling."""
     the_error(main(sample, ["--model", "/nowhere", f"--{flag}={value}"]), f"--{flag} is {value}: it must be")

@@ -1,4 +1,4 @@
-"""hellaswag.py against a plain one-sequence-at-a-time loop, a local web server and the real command."""
+"""Compare hellaswag.py with a plain loop over single sequences; test its download and its command."""
 
 import json
 import os
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import hellaswag
-from hellaswag import FULL_ROWS, Counts, HellaSwagError, ask, download, evaluate, load_rows, prepare, texts
+from hellaswag import FULL_ROWS, Counts, ask, download, evaluate, load_rows, prepare, row_texts
+from support.checkpoints import open_gpt2
+from support.common import UserError
 from train_gpt2 import GPT
 
 SCRIPT = Path(hellaswag.__file__)
@@ -26,11 +28,11 @@ ROW = {"ctx": "A man is sitting on a roof. he", "endings": ["sings.", "falls off
 STYLES = "completion", "harness"
 
 
-# --- a small random model, and the convention written the slow way ----------------------------------------------------
+# --- a small random model, and the conventions computed in the simplest way -------------------------------------------
 
 
 def random_gpt2(seed):
-    """A tiny GPT-2 whose logits spread wide enough for its answers to differ."""
+    """Create a tiny GPT-2 whose logits vary enough for its answers to differ."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -40,21 +42,21 @@ def random_gpt2(seed):
             if parameter.dim() == 2:
                 parameter.mul_(8)
             else:
-                parameter.add_(0.3 * torch.randn_like(parameter))  # biases, which are born as zeros
+                parameter.add_(0.3 * torch.randn_like(parameter))  # biases start as zeros
     return model
 
 
 @torch.no_grad()
 def reference(model, encode, row, style="completion", max_length=160):
-    """Summed losses and divisors of a row's four endings, each alone, in fp32 and without any padding."""
-    context, endings = texts(row, style)
+    """Compute summed losses and divisors of a row's four endings, each separately, in fp32 and without padding."""
+    context, endings = row_texts(row, style)
     sums, divisors = [], []
     for ending in endings:
         before, after = encode(context), encode(" " + ending)
-        if style == "harness":  # the tokens of the whole, divided where the bare context ends
+        if style == "harness":  # tokens of the joined text, split where the stripped context ends
             whole = encode(context + " " + ending)
             before, after = whole[: len(encode(context.rstrip()))], whole[len(encode(context.rstrip())) :]
-        tokens = torch.tensor((before + after)[-max_length - 1 :])  # the last is predicted and needs no position
+        tokens = torch.tensor((before + after)[-max_length - 1 :])  # the last is only predicted: no position
         logits = model(tokens[None, :-1]).logits[0].float()
         sums.append(F.cross_entropy(logits, tokens[1:], reduction="none")[-len(after) :].sum().item())
         divisors.append(len(after) if style == "completion" else len(ending))
@@ -62,7 +64,7 @@ def reference(model, encode, row, style="completion", max_length=160):
 
 
 def tally(scored, rows):
-    """Counts from the (sums, divisors) of each row."""
+    """Compute Counts from the (sums, divisors) of each row."""
     correct = sum(sums.index(min(sums)) == row["label"] for (sums, _), row in zip(scored, rows, strict=True))
     means = [[a / b for a, b in zip(sums, divisors, strict=True)] for sums, divisors in scored]
     correct_norm = sum(mean.index(min(mean)) == row["label"] for mean, row in zip(means, rows, strict=True))
@@ -73,14 +75,14 @@ halves = hellaswag.trunk_and_head
 
 
 def losses_by_row(answers):
-    """(rows, 4) summed losses in the order of the rows."""
+    """Return the summed losses, (rows, 4), in the order of the rows."""
     answers = sorted(answers, key=lambda answer: answer.example.number)
     return torch.tensor([answer.losses for answer in answers], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of work this small cost more than they save, above all where tests run side by side."""
+    """Use one thread: for work this small, more threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -94,7 +96,7 @@ def encode(shared_data):
 
 @pytest.fixture(scope="module")
 def rows(shared_data):
-    """Forty real rows, WikiHow's long ones among them."""
+    """Forty real rows, some of them long ones from WikiHow."""
     return load_rows(shared_data / "hellaswag/hellaswag_val_600.jsonl")[::15]
 
 
@@ -128,11 +130,11 @@ def model_folder(model, tmp_path_factory):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_losses_agree_with_plain_loop(model, encode, rows, truth, style):
-    """Guards the first token of an ending, endings that see each other, positions, padding, divisors and the order."""
+    """Guards the first token of an ending, the mask between endings, positions, padding, divisors and the order."""
     sums, divisors = (torch.tensor(column, dtype=torch.float64) for column in zip(*truth[style], strict=True))
     answers = list(ask(*halves(model), prepare(rows, encode, 160, style)))
     packs = {len(answer.example.packs) for answer in answers}
-    assert packs == {1, 4}, "some rows must fit the 160 positions as a whole, and some not"
+    assert packs == {1, 4}, "some rows must fit into the 160 positions, and some must not"
     torch.testing.assert_close(losses_by_row(answers), sums, rtol=1e-6, atol=1e-4)
     normed = [answer.normed for answer in sorted(answers, key=lambda answer: answer.example.number)]
     torch.testing.assert_close(torch.tensor(normed).double(), sums / divisors, rtol=1e-6, atol=1e-4)
@@ -147,7 +149,7 @@ def test_losses_agree_with_plain_loop(model, encode, rows, truth, style):
 
 @pytest.mark.parametrize("flash", [True, False])
 def test_train_gpt2s_model_agrees(model_folder, encode, rows, truth, flash):
-    """Guards a mask or positions that the two models understand differently; a padded vocabulary; T past block_size."""
+    """Guards the mask and positions that the two models read, the padded vocabulary, and T beyond block_size."""
     gpt = GPT.from_pretrained(model_folder, flash=flash).eval()
     losses = losses_by_row(ask(gpt.trunk, gpt.head, prepare(rows, encode, gpt.config.block_size)))
     expected = torch.tensor([sums for sums, _ in truth["completion"]], dtype=torch.float64)
@@ -155,7 +157,7 @@ def test_train_gpt2s_model_agrees(model_folder, encode, rows, truth, flash):
 
 
 def test_answers_do_not_depend_on_the_batch(model, encode, rows):
-    """Guards scores that a row's neighbours or its padding change."""
+    """Guards against scores that depend on the other rows of a batch or on padding."""
     examples = prepare(rows, encode, 160)
     together = losses_by_row(ask(*halves(model), examples, batch_tokens=10**6))
     alone = losses_by_row(ask(*halves(model), examples, batch_tokens=1))
@@ -163,7 +165,7 @@ def test_answers_do_not_depend_on_the_batch(model, encode, rows):
 
 
 def test_each_context_is_computed_once(model, encode, few):
-    """Guards the original's waste: contexts fed four times, padding, and a vocabulary projected at every position."""
+    """Guards against wasted work: contexts computed four times, padding, and logits at every position."""
     (trunk, head), (rows, _) = halves(model), few
     fed, projected = [], []
 
@@ -182,11 +184,11 @@ def test_each_context_is_computed_once(model, encode, few):
     assert sum(projected) == sum(endings)
     fed.clear()
     evaluate(watched_trunk, watched_head, encode, rows, batch_tokens=500)
-    assert len(fed) < len(rows) and sum(fed) < 1.2 * (contexts + sum(endings)), "like lengths go together"
+    assert len(fed) < len(rows) and sum(fed) < 1.2 * (contexts + sum(endings)), "similar lengths go together"
 
 
 def test_tokenized_once(model, encode, few):
-    """Guards an evaluation that tokenizes 50,000 texts again at every 250 steps."""
+    """Guards against tokenizing 50,000 texts again at each evaluation of a training run."""
     rows, counts = few
     examples = prepare(rows, encode)
     assert evaluate(*halves(model), None, examples) == evaluate(*halves(model), None, examples) == counts
@@ -194,7 +196,7 @@ def test_tokenized_once(model, encode, few):
 
 @pytest.mark.parametrize("batch_tokens", [1, 900, 2500, 10**6])
 def test_batch_tokens_bound_the_batch_and_change_no_count(model, encode, few, batch_tokens):
-    """Guards a budget that is overrun, or that drops or repeats the rows at a batch's edge."""
+    """Guards against batches above the limit, and rows that are dropped or repeated between batches."""
     (trunk, head), (rows, counts) = halves(model), few
     sizes = []
 
@@ -207,7 +209,7 @@ def test_batch_tokens_bound_the_batch_and_change_no_count(model, encode, few, ba
     assert sum(b for b, _ in sizes) == len(rows)
     assert len(sizes) < len(rows) or batch_tokens == 1
     sizes.clear()
-    divided = prepare(rows, encode, 100)  # a row that does not fit is four sequences of one batch
+    divided = prepare(rows, encode, 100)  # a row that does not fit becomes four sequences of one batch
     assert 0 < sum(len(example.packs) == 4 for example in divided) < len(rows)
     assert evaluate(watched_trunk, head, None, divided, batch_tokens=batch_tokens).total == len(rows)
     assert all(b in (1, 4) or b * t <= batch_tokens for b, t in sizes)
@@ -216,7 +218,7 @@ def test_batch_tokens_bound_the_batch_and_change_no_count(model, encode, few, ba
 
 @pytest.mark.parametrize("world_size", [2, 3, 20])
 def test_ranks_share_the_same_batches(model, encode, few, world_size):
-    """Guards counts that depend on the number of processes, and ranks that wait for a call of another."""
+    """Guards against counts that depend on the number of processes, and ranks that make different numbers of calls."""
     (trunk, head), (rows, counts) = halves(model), few
     seen, calls = [], []
 
@@ -240,24 +242,24 @@ def test_ranks_share_the_same_batches(model, encode, few, world_size):
     assert Counts(*map(sum, zip(*ranks, strict=True))) == alone == counts
     assert all(calls == calls_by_rank[0] for calls in calls_by_rank)
     assert len(seen) == -(-len(batches_alone) // world_size) * world_size and len(batches_alone) > 3
-    assert sorted(set(seen)) == batches_alone, "the same batches, the last of them perhaps repeated"
+    assert sorted(set(seen)) == batches_alone, "the same batches, except that the last may be repeated"
     assert ranks[0].total < alone.total
 
 
 def test_autocast_of_the_caller_does_not_leak_in(model, encode, few):
-    """Guards scores on bf16 logits, the original's mistake, which flip about 1% of the choices."""
+    """Guards against bf16 logits, as in build-nanogpt, which change about 1% of the choices."""
     rows, counts = few
     examples = prepare(rows, encode)
     plain = hellaswag.score(*halves(model), examples)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = hellaswag.score(*halves(model), examples)
         assert evaluate(*halves(model), encode, rows) == counts
-        assert torch.is_autocast_enabled("cpu"), "it must hold again afterwards"
+        assert torch.is_autocast_enabled("cpu"), "it must be active again afterwards"
     assert torch.equal(plain, inside)
 
 
 def test_matmul_precision_is_highest_inside_and_restored(model, encode, rows):
-    """Guards TF32 scores, and a training run that loses its TF32 to an evaluation, failed ones included."""
+    """Guards against TF32 scores, and against a training run that loses TF32 after an evaluation, even a failed one."""
     trunk, head = halves(model)
     seen = []
 
@@ -280,34 +282,13 @@ def test_matmul_precision_is_highest_inside_and_restored(model, encode, rows):
     assert seen == ["highest", "highest"]
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only where torch has MKL as well as oneDNN")
-def test_products_go_to_onednn_and_are_the_same(model, model_folder, encode, few):
-    """Guards the speed on a CPU, of both models, and what must pass by: other types, keywords, sums."""
-    rows, _ = few
-    gpt = GPT.from_pretrained(model_folder)
-    for trunk, head in (halves(model), (gpt.trunk, gpt.head)):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            hellaswag.score(trunk, head, prepare(rows, encode, 160))
-        products = {event.key: event.count for event in profile.key_averages()}
-        assert products["mkldnn::_linear_pointwise"] == 4 * model.config.n_layer + hellaswag.HEAD_PARTS["cpu"]
-        assert not {"aten::addmm", "aten::linear"} & products.keys()
-    x, weight, bias = torch.randn(3, 5, 8), torch.randn(4, 8), torch.randn(4)
-    for arguments in ((x, weight), (x, weight, bias), (x[0, 0], weight, bias), (x[:, :0], weight, bias),
-                      (x.transpose(0, 1), weight), (x.double(), weight.double(), bias.double()), (x, weight[0]),
-                      (x, weight, bias[:1].expand(4)), (x, weight, torch.randn(8)[::2])):  # fmt: skip
-        with hellaswag.OneDNN():
-            ours = F.linear(*arguments)
-        torch.testing.assert_close(ours, F.linear(*arguments))
-    with hellaswag.OneDNN():
-        torch.testing.assert_close(torch.addmm(bias, x[0], weight.t()), x[0] @ weight.t() + bias)
-        torch.testing.assert_close(torch.addmm(bias, x[0], weight.t(), beta=2), x[0] @ weight.t() + 2 * bias)
-        torch.testing.assert_close(torch.addmm(x[0] @ weight.t(), x[0], weight.t()), 2 * x[0] @ weight.t())
-        torch.testing.assert_close(F.linear(x, weight, bias=bias), x @ weight.t() + bias)
-    assert hellaswag.load_model(model_folder)[0].config.activation_function == "gelu_pytorch_tanh"
+def test_open_gpt2_uses_the_fast_gelu(model_folder):
+    """Guards the speed: gelu_new computes the same formula in eight passes over memory."""
+    assert open_gpt2(model_folder).config.activation_function == "gelu_pytorch_tanh"
 
 
 def test_no_graph_is_kept(model, encode, rows):
-    """Guards an evaluation that holds every activation for a backward pass, and so runs out of memory."""
+    """Guards against keeping all activations for a backward pass, which needs too much memory."""
     trunk, head = halves(model)
 
     def watched_head(states):
@@ -320,7 +301,7 @@ def test_no_graph_is_kept(model, encode, rows):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_long_context_is_cut_from_the_left(model, encode, rows, style):
-    """Guards a crash past the model's last position, a cut on the right, and one that the harness makes elsewhere."""
+    """Guards against positions beyond the model's last one, and against cutting elsewhere than the harness does."""
     trunk, head = halves(model)
     max_length = 50
 
@@ -328,9 +309,9 @@ def test_long_context_is_cut_from_the_left(model, encode, rows, style):
         assert ids.shape[1] <= max_length and position_ids.max() < max_length
         return trunk(ids, position_ids, mask)
 
-    endings = [[len(encode(" " + ending)) for ending in texts(row, style)[1]] for row in rows]
+    endings = [[len(encode(" " + ending)) for ending in row_texts(row, style)[1]] for row in rows]
     pairs = [(row, lengths) for row, lengths in zip(rows, endings, strict=True) if max(lengths) <= max_length][:15]
-    assert 3 <= sum(len(encode(texts(row, style)[0])) + max(n) > max_length + 1 for row, n in pairs) < len(pairs)
+    assert 3 <= sum(len(encode(row_texts(row, style)[0])) + max(n) > max_length + 1 for row, n in pairs) < len(pairs)
     rows = [row for row, _ in pairs]
     expected = [reference(model, encode, row, style, max_length) for row in rows]
     losses = losses_by_row(ask(watched_trunk, head, prepare(rows, encode, max_length, style)))
@@ -339,15 +320,15 @@ def test_long_context_is_cut_from_the_left(model, encode, rows, style):
 
 
 def test_ending_without_room_is_an_error(model, encode):
-    """Guards an ending scored in part, or with no context before it, on a model of few positions."""
+    """Guards against scoring only a part of an ending, or an ending without context, on a model with few positions."""
     assert evaluate(*halves(model), encode, [ROW], max_length=3).total == 1  # " jumps up." is three tokens
-    with pytest.raises(HellaSwagError, match="3 tokens .* more than 2 positions"):
+    with pytest.raises(UserError, match="row 1 needs 3 positions, more than 2"):
         evaluate(*halves(model), encode, [ROW], max_length=2)
 
 
 def test_text_without_tokens_is_an_error():
-    """Guards a loss of nothing, which is the lowest, from a tokenizer that does not know an alphabet."""
-    with pytest.raises(HellaSwagError, match="row 2: "):
+    """Guards against an empty sum, which would be the lowest loss, when a tokenizer does not know an alphabet."""
+    with pytest.raises(UserError, match="row 2 has a text without tokens"):
         prepare([ROW, {**ROW, "ctx": "Ω"}], lambda text: [1 for c in text if c.isascii()])
 
 
@@ -355,30 +336,30 @@ def test_text_without_tokens_is_an_error():
 
 
 def test_harness_wording(encode):
-    """Guards the harness's text to the letter. What is expected here was made by lm_eval 0.4.13's own process_docs."""
+    """Guards the exact text of the harness. The expected values come from process_docs of lm_eval 0.4.13."""
     wikihow = {
         "activity_label": "Food and Entertaining", "ctx_b": "", "ctx": "unused",
         "ctx_a": "[header] How to make  tea [title] Boil water. [substeps] Pour it [step] ",
         "endings": [" [title] Wait. [step] Drink [it].", "Stir.  Twice. ", "[step]", "É [title] thé."], "label": 0,
     }  # fmt: skip
-    assert texts(wikihow, "harness") == (
+    assert row_texts(wikihow, "harness") == (
         "Food and Entertaining: How to make tea. Boil water. Pour it ",
         [" Wait. Drink .", "Stir. Twice.", "", "É. thé."],
     )
-    assert texts(wikihow, "completion") == ("unused", wikihow["endings"])
+    assert row_texts(wikihow, "completion") == ("unused", wikihow["endings"])
     video = {**ROW, "activity_label": "Roof", "ctx_a": "A man  sits.", "ctx_b": "he AND I"}
-    assert texts(video, "harness") == ("Roof: A man sits. He and i", ROW["endings"])
+    assert row_texts(video, "harness") == ("Roof: A man sits. He and i", ROW["endings"])
 
     context, endings = prepare([wikihow], encode, style="harness")[0].packs[0]
     assert context == encode("Food and Entertaining: How to make tea. Boil water. Pour it")
-    assert endings[1] == encode("  Stir. Twice."), "the space that cleaning leaves goes to the ending"
+    assert endings[1] == encode("  Stir. Twice."), "the space that cleaning leaves belongs to the ending"
     example = prepare([wikihow], encode, style="harness")[0]
-    assert example.divisors == [14, 12, 0, 7], "characters: neither bytes, nor the space before them"
+    assert example.divisors == [14, 12, 0, 7], "characters, not bytes, and without the space before them"
     assert prepare([wikihow], encode)[0].divisors == [len(encode(" " + ending)) for ending in wikihow["endings"]]
 
 
 def test_an_ending_cleaned_away_is_never_chosen_by_its_characters(model, encode):
-    """Guards a division by zero; the harness's minus infinity never wins."""
+    """Guards against a division by zero: as in the harness, such an ending has an infinite loss."""
     row = {
         **ROW,
         "activity_label": "Roof",
@@ -391,7 +372,7 @@ def test_an_ending_cleaned_away_is_never_chosen_by_its_characters(model, encode)
 
 
 def test_report_names_the_convention_and_the_error():
-    """Guards figures of one convention beside those of the other, and an error of the biased or of no variance."""
+    """Guards against results of one convention beside those of the other, and against a biased standard error."""
     error = statistics.stdev([1] * 71 + [0] * 50) / 121**0.5
     error_norm = statistics.stdev([1] * 73 + [0] * 48) / 121**0.5
     for style, published in (("completion", ("0.2859 / 0.2955", "0.4893")), ("harness", ("0.2892 / 0.3114", "0.5089"))):
@@ -412,7 +393,7 @@ def jsonl(path, *rows):
 
 
 def test_rows_are_read_in_order_up_to_the_limit(tmp_path):
-    """Guards a limit that is off by one, and rows that lose a field or a non-ASCII letter."""
+    """Guards against a limit that is off by one, and against rows that lose a field or a non-ASCII letter."""
     rows = [{**ROW, "ind": i, "ctx": f"café {i}"} for i in range(5)]
     path = jsonl(tmp_path / "rows.jsonl", *rows)
     assert load_rows(path) == load_rows(str(path), limit=9) == rows
@@ -429,10 +410,10 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path):
     )),
 ])  # fmt: skip
 def test_malformed_row_is_named_by_line(tmp_path, bad):
-    """Guards rows scored against a wrong label, and a traceback that does not say which line is at fault."""
+    """Guards against rows with a wrong label, and against errors that do not name the bad line."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([json.dumps(ROW).encode()] * 2 + [bad] + [json.dumps(ROW).encode()]))
-    with pytest.raises(HellaSwagError, match=r"rows\.jsonl:3: ") as caught:
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: ") as caught:
         load_rows(path)
     assert "\n" not in str(caught.value)
     assert len(load_rows(path, limit=2)) == 2
@@ -440,20 +421,20 @@ def test_malformed_row_is_named_by_line(tmp_path, bad):
 
 @pytest.mark.parametrize("field", ["activity_label", "ctx_a", "ctx_b"])
 def test_harness_needs_its_fields(tmp_path, field):
-    """Guards a traceback on a file that suits only the other convention."""
+    """Guards against a traceback for a file that has the fields of the other convention only."""
     row = {**ROW, "activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": ""}
     assert load_rows(jsonl(tmp_path / "rows.jsonl", row), style="harness") == [row]
     path = jsonl(tmp_path / "rows.jsonl", row, {**row, field: None})
-    with pytest.raises(HellaSwagError, match=r"rows\.jsonl:2: .*harness.*activity_label"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*harness.*activity_label"):
         load_rows(path, style="harness")
     assert len(load_rows(path)) == 2
 
 
 def test_empty_or_missing_file_is_an_error(tmp_path):
-    """Guards a division by zero rows, and an accuracy of nothing."""
-    with pytest.raises(HellaSwagError, match="rows.jsonl: .*empty"):
+    """Guards against a division by zero rows."""
+    with pytest.raises(UserError, match="rows.jsonl is empty"):
         load_rows(jsonl(tmp_path / "rows.jsonl"))
-    with pytest.raises(HellaSwagError, match="none.jsonl: No such file"):
+    with pytest.raises(UserError, match="none.jsonl cannot be read .No such file"):
         load_rows(tmp_path / "none.jsonl")
 
 
@@ -464,7 +445,7 @@ FULL = (json.dumps(ROW) + "\n").encode() * FULL_ROWS
 
 @pytest.fixture(scope="module")
 def server():
-    """A web server on this machine: (its address, the list of paths asked for)."""
+    """Start a web server on this machine: (its address, the list of requested paths)."""
     asked, closing = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -473,12 +454,12 @@ def server():
             status, body, promised = {
                 "/full": (200, FULL, len(FULL)),
                 "/truncated": (200, FULL[: len(FULL) // 2], len(FULL)),
-                "/short": (200, FULL[: -len(json.dumps(ROW)) - 1], None),  # a row less, and no length to give it away
+                "/short": (200, FULL[: -len(json.dumps(ROW)) - 1], None),  # one row less, without Content-Length
                 "/broken": (200, FULL[:-20], None),
                 "/html": (200, b"<html><body>Sign in to the hotel's network</body></html>", None),
                 "/empty": (200, b"", 0),
                 "/slow": (200, b"", 100),
-            }.get(self.path, (404, FULL, len(FULL)))  # believing this body would mean that the status went unread
+            }.get(self.path, (404, FULL, len(FULL)))  # whoever accepts this body has not read the status
             self.send_response(status)
             if promised is not None:
                 self.send_header("Content-Length", str(promised))
@@ -501,7 +482,7 @@ def server():
 
 
 def test_download_happens_once(server, tmp_path):
-    """Guards a file fetched anew by every run, or one that differs from what was sent."""
+    """Guards against downloading the file again in every run, and against a file that differs from what was sent."""
     address, asked = server
     path = tmp_path / "new" / "folder" / "val.jsonl"
     asked.clear()
@@ -514,11 +495,11 @@ def test_download_happens_once(server, tmp_path):
 
 @pytest.mark.parametrize("page", ["missing", "truncated", "short", "broken", "html", "empty", "slow"])
 def test_failed_download_leaves_no_file(server, tmp_path, page):
-    """Guards the original's mistake: an error page or half a file, cached as data for good."""
+    """Guards against keeping an error page or half a file as data, as build-nanogpt does."""
     address, _ = server
     path = tmp_path / "folder" / "val.jsonl"
     start = time.monotonic()
-    with pytest.raises(HellaSwagError, match=f"{address}/{page}") as caught:
+    with pytest.raises(UserError, match=f"{address}/{page}") as caught:
         download(path, f"{address}/{page}", timeout=0.5)
     assert time.monotonic() - start < 5
     assert "\n" not in str(caught.value)
@@ -526,15 +507,15 @@ def test_failed_download_leaves_no_file(server, tmp_path, page):
 
 
 def test_download_into_a_file_is_an_error(server, tmp_path):
-    """Guards a traceback where the folder cannot be made."""
+    """Guards against a traceback when the folder cannot be created."""
     (tmp_path / "folder").write_text("in the way")
-    with pytest.raises(HellaSwagError, match="cannot download"):
+    with pytest.raises(UserError, match="cannot download"):
         download(tmp_path / "folder" / "val.jsonl", f"{server[0]}/full")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-# No test may reach the network: the Hub is switched off, and nothing listens on port 9.
+# No test may use the network: the Hub is turned off, and nothing listens on port 9.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
@@ -551,7 +532,7 @@ def rows_file(shared_data):
 
 @pytest.fixture
 def main(monkeypatch, capsys):
-    """main("--flag", …) -> what the command printed, in this process."""
+    """Return main("--flag", …), which runs the command in this process and returns its output."""
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["hellaswag.py", *map(str, flags)])
@@ -562,7 +543,7 @@ def main(monkeypatch, capsys):
 
 
 def expect_counts(stdout, counts, style="completion"):
-    """The two result lines of a command that went well."""
+    """Check the two result lines of a successful command."""
     total, correct, correct_norm = counts
     lines = stdout.splitlines()[-2:]
     assert lines[0].startswith(f"acc {correct}/{total} = {correct / total:.4f} ±")
@@ -571,7 +552,7 @@ def expect_counts(stdout, counts, style="completion"):
 
 
 def test_command_scores_a_folder_without_tokenizer(model, model_folder, encode, rows_file, tmp_path):
-    """Guards the command from flags to result lines, and transformers 5's empty tokenizer where files are missing."""
+    """Guards the command as a whole, and against the empty tokenizer of transformers 5 when files are missing."""
     rows = load_rows(rows_file, 13)
     done = command("--model", model_folder, "--file", rows_file, "--limit", 13, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -582,7 +563,7 @@ def test_command_scores_a_folder_without_tokenizer(model, model_folder, encode, 
 
 
 def test_command_saves_the_answers(model, model_folder, encode, rows_file, main, tmp_path):
-    """Guards answers in the order of scoring, of the other style, or whose choices are not those that were counted."""
+    """Guards the order and the style of saved answers, and that their choices are the counted ones."""
     file = jsonl(tmp_path / "rows.jsonl", *load_rows(rows_file)[33:600:81])
     rows = load_rows(file)
     assert any("[" in row["ctx"] for row in rows)
@@ -590,7 +571,7 @@ def test_command_saves_the_answers(model, model_folder, encode, rows_file, main,
     flags = "--model", model_folder, "--file", file, "--style", "harness", "--device", "cpu"
     out = main(*flags, "--save", tmp_path / "saved.jsonl")
     expect_counts(out, tally(truth, rows), "harness")
-    assert texts(rows[0], "harness")[0] in out and rows[0]["ctx"] not in out
+    assert row_texts(rows[0], "harness")[0] in out and rows[0]["ctx"] not in out
     saved = [json.loads(line) for line in (tmp_path / "saved.jsonl").read_text().splitlines()]
     for line, (record, row, (sums, divisors)) in enumerate(zip(saved, rows, truth, strict=True), start=1):
         means = [a / b for a, b in zip(sums, divisors, strict=True)]
@@ -601,13 +582,13 @@ def test_command_saves_the_answers(model, model_folder, encode, rows_file, main,
 
 
 def test_command_takes_newest_checkpoint(model, model_folder, encode, rows_file, shared_data, main, tmp_path):
-    """Guards an older or an unfinished checkpoint scored in silence, or one read with tokens that are not its own."""
+    """Guards against scoring an older or incomplete checkpoint, or using a tokenizer that is not its own."""
     checkpoints = tmp_path / "log" / "checkpoints"
     for name, seed in (("step_000900", 1), ("step_999999", 2), (".step_1000001", 3), ("step_1000001.bak", 4)):
         random_gpt2(seed).save_pretrained(checkpoints / name)
     newest = shutil.copytree(model_folder, checkpoints / "step_1000000")
     merges, vocab = sorted((shared_data / "tiktoken").iterdir(), key=lambda path: path.stat().st_size)
-    # GPT-2's tokens under other ids, which only the folder's own tokenizer knows.
+    # GPT-2's tokens with other ids, which only the folder's own tokenizer knows.
     ids = {token: i if i == 50256 else 50255 - i for token, i in json.loads(vocab.read_text("utf-8")).items()}
     (newest / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     shutil.copy(merges, newest / "merges.txt")
@@ -624,18 +605,19 @@ def test_command_takes_newest_checkpoint(model, model_folder, encode, rows_file,
 
 
 def test_command_offline_without_data(model_folder, tmp_path):
-    """Guards a traceback, a long wait, or rubbish left beside the script where there is no network."""
-    script = shutil.copy(SCRIPT, tmp_path)
+    """Guards a traceback, a long wait, or files left beside the script when there is no network."""
+    script = Path(shutil.copy(SCRIPT, tmp_path))
+    shutil.copytree(SCRIPT.parent / "support", tmp_path / "support")
     start = time.monotonic()
     done = command("--model", model_folder, script=script, cwd=tmp_path)
     assert time.monotonic() - start < 30
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: cannot download https://") and done.stderr.count("\n") == 1
-    assert [p.name for p in tmp_path.rglob("*") if p.name != "__pycache__"] == ["hellaswag.py"]
+    assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == {script, tmp_path / "support"}
 
 
 def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path, monkeypatch, capsys):
-    """Guards tracebacks, and a model of random weights scored in silence because its file lacks some."""
+    """Guards against tracebacks, and against scoring a model some of whose weights are random."""
     from safetensors.torch import load_file, save_file
 
     def broken(name, **config):
@@ -659,21 +641,21 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
     jsonl(tmp_path / "bad.jsonl", ROW, {**ROW, "label": 4})
     good = jsonl(tmp_path / "good.jsonl", ROW)
 
-    mistakes = [({"--model": tmp_path / name}, f"--model {tmp_path / name}: .*{hint}") for name, hint in [
+    mistakes = [({"--model": tmp_path / name}, f"--model {tmp_path / name} .*{hint}") for name, hint in [
         ("empty", "checkpoints/step_NNNNNN"), ("no_weights", "model.safetensors"), ("cut", ""),
         ("lacking", r"transformer\.h\.1\.mlp\.c_fc\.weight"), ("bad_config", "config.json"), ("bad_tokenizer", ""),
-        ("bert", "a bert model"), ("bytes", "257 ids"), ("wider", r"mlp\.c_fc"), ("nowhere", ""),
+        ("bert", "model_type is bert"), ("bytes", "257 ids"), ("wider", r"mlp\.c_fc"), ("nowhere", ""),
     ]]  # fmt: skip
     mistakes += [
-        ({"--model": "gpt2-that-is-nowhere"}, "--model gpt2-that-is-nowhere: .*Hub name"),
-        ({"--file": tmp_path / "none.jsonl"}, "none.jsonl: No such file"),
+        ({"--model": "gpt2-that-is-nowhere"}, "--model gpt2-that-is-nowhere .*Hub name"),
+        ({"--file": tmp_path / "none.jsonl"}, "none.jsonl cannot be read .No such file"),
         ({"--file": tmp_path / "bad.jsonl"}, "bad.jsonl:2: "),
         ({"--file": tmp_path / "bad.jsonl", "--style": "harness"}, "bad.jsonl:1: .*harness"),
         ({"--save": tmp_path / "nowhere" / "saved.jsonl"}, "--save .*nowhere.*No such file"),
         ({"--save": tmp_path}, "--save .*Is a directory"),
         ({"--file": good, "--save": good}, "--save .*another name"),
         ({"--limit": 0}, "--limit 0"),
-        ({"--device": "gpu"}, "--device gpu: "),
+        ({"--device": "gpu"}, "--device gpu "),
         ({"--device": f"cuda:{torch.cuda.device_count() + 1}"}, "--device cuda:"),
     ]
     for name, value in OFFLINE.items():
@@ -686,21 +668,21 @@ def test_mistakes_get_one_line_and_exit_code_2(model_folder, rows_file, tmp_path
             hellaswag.main()
         stdout, stderr = capsys.readouterr()
         assert caught.value.code == 2
-        assert "predicted" not in stdout, "before any work"
+        assert "predicted" not in stdout, "the error comes before any work"
         assert re.match(f"error: .*{message}.*\n$", stderr), (message, stderr)
         assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [("--modle", "gpt2"), ("--style", "chat")])
 def test_unknown_flag_exits_2(main, flags):
-    """Guards a misspelt flag or style that is taken for none."""
+    """Guards against ignoring a misspelt flag or style."""
     with pytest.raises(SystemExit) as caught:
         main(*flags)
     assert caught.value.code == 2
 
 
 def test_import_does_nothing(tmp_path):
-    """Guards the original's import, which loads transformers, fetches an encoding and may start a run."""
+    """Guards against an import that loads transformers, downloads an encoding or starts a run (build-nanogpt's)."""
     code = "import sys, hellaswag; assert not {'transformers', 'datasets', 'tiktoken', 'tyro'} & set(sys.modules)"
     environment = {**os.environ, **OFFLINE, "PYTHONPATH": str(SCRIPT.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)

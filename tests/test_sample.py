@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """An output folder with two checkpoints of a bytes model and an unfinished third."""
+    """An output folder with two checkpoints of a bytes model and an incomplete third one."""
     folder = tmp_path_factory.mktemp("run")
     for seed, step in enumerate((2, 10)):
         torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def run_folder(tmp_path_factory):
 
 
 def test_samples_of_the_newest_checkpoint(run_folder, main):
-    """An output folder means its newest complete checkpoint; the seed fixes the samples, past block_size too."""
+    """An output folder means its newest complete checkpoint. The seed determines the samples, also past block_size."""
 
     def text(folder, *more):
         flags = ["--prompt", "héllo", "--num_samples", 2, "--max_new_tokens", 50, "--device", "cpu"]
@@ -49,7 +49,7 @@ def test_samples_of_the_newest_checkpoint(run_folder, main):
 
 
 def test_a_folder_without_tokenizer_means_gpt2(shared_data, main, tmp_path):
-    """Folders of other programs often hold weights alone: with GPT-2's 50,257 ids their tokenizer is known."""
+    """Other programs often save weights only. If such a folder has 50,257 ids, its tokenizer is GPT-2's."""
     GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
     code, stdout, _ = main(sample, ["--model", tmp_path / "gpt2", "--max_new_tokens", 3, "--device", "cpu"])
     assert code == 0 and stdout.count("Hello, I'm a language model,") == 4
@@ -66,29 +66,29 @@ def test_a_folder_without_tokenizer_means_gpt2(shared_data, main, tmp_path):
         (["--prompt_file", "/nowhere/prompt"], "/nowhere/prompt"),
         (["--prompt_file", sys.executable], "UTF-8"),
         (["--prompt_file", ""], "--prompt_file"),
-        (["--prompt", "a\udcff"], "--prompt is not UTF-8 text"),  # how Python passes on a byte that is no text
+        (["--prompt", "a\udcff"], "--prompt is not UTF-8 text"),  # how Python represents a byte that is not text
         (["--top_k", "0"], "--top_k"),
         (["--top_p", "0"], "--top_p"),
     ],
 )
 def test_mistakes_are_one_line(run_folder, main, flags, reason):
-    """A wrong model or flag ends in one line that names it and code 2."""
+    """A wrong model or flag gives one line that names it, and exit code 2."""
     code, stdout, stderr = main(sample, ["--model", run_folder, *flags])
     assert (code, stdout) == (2, "")
     assert stderr.startswith("error: ") and reason in stderr and len(stderr.splitlines()) == 1
 
 
 def test_weights_that_are_not_finite_are_named(main, tmp_path):
-    """Sampling from them would end in an assertion of torch's."""
+    """Sampling from such weights would end in an assertion of torch."""
     model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     model.transformer.ln_f.weight.data[0] = math.nan
     save_model(tmp_path, model)
     code, _, stderr = main(sample, ["--model", tmp_path, "--device", "cpu"])
-    assert code == 2 and "its weights are not all finite" in stderr and len(stderr.splitlines()) == 1
+    assert code == 2 and "has weights that are not finite" in stderr and len(stderr.splitlines()) == 1
 
 
 def test_a_broken_tokenizer_is_named(run_folder, main, tmp_path):
-    """A cut tokenizer.json ends in one line, too."""
+    """A truncated tokenizer.json gives one line, too."""
     shutil.copytree(run_folder / "checkpoints" / "step_000010", tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     code, _, stderr = main(sample, ["--model", tmp_path / "model", "--device", "cpu"])
@@ -96,7 +96,7 @@ def test_a_broken_tokenizer_is_named(run_folder, main, tmp_path):
 
 
 def test_prompts_from_files(run_folder, main, tmp_path):
-    """A file, and standard input as -, mean the same as the flag; the line break at their end is not of the prompt."""
+    """A file and standard input (-) work like the flag. A final line break is not part of the prompt."""
     (tmp_path / "prompt").write_text("héllo\n", encoding="utf-8")
     flags = ["--model", run_folder, "--max_new_tokens", "9", "--device", "cpu"]
     expected = main(sample, [*flags, "--prompt", "héllo"])
@@ -106,13 +106,13 @@ def test_prompts_from_files(run_folder, main, tmp_path):
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:replace"}
     done = subprocess.run(command, input="héllo\r\n".encode(), capture_output=True, env=os.environ | plain)
     assert (done.returncode, done.stderr.decode()) == (0, "")
-    assert done.stdout.decode() == expected[1].encode("ascii", "replace").decode()  # a terminal of ASCII
+    assert done.stdout.decode() == expected[1].encode("ascii", "replace").decode()  # a terminal that shows ASCII only
     done = subprocess.run(command, input=b"a\xff", capture_output=True)
-    assert done.returncode == 2 and b"--prompt_file -: it is not UTF-8 text" in done.stderr
+    assert done.returncode == 2 and b"--prompt_file - is not UTF-8 text" in done.stderr
 
 
 def test_text_is_shown_as_it_comes(capsys):
-    """Each character of the first sample must be there before the next token is drawn, and never a part of one."""
+    """Each character of the first sample is printed before the next token is sampled, and never a part of one."""
     decode = fineweb.get_encoding("bytes").decode
     seen, text = [], "naïve €5"
 
@@ -129,7 +129,7 @@ def test_text_is_shown_as_it_comes(capsys):
 
 @pytest.mark.parametrize("kind", ["Metaspace", "WordPiece"])
 def test_words_that_read_otherwise_behind_others(kind, main, tmp_path):
-    """Words that lose a space, or ##, at the front of a text: shown as it grows, it must read as a whole does."""
+    """Some tokenizers write a word differently at the start of a text. Growing text must equal the whole text."""
     words = {"▁the": 0, "▁quick": 1, "the": 2, "quick": 3, "##ly": 4, "[UNK]": 5}
     model = tokenizers.models.WordPiece(words, unk_token="[UNK]")
     tokenizer, parts = tokenizers.Tokenizer(model), getattr(tokenizers.pre_tokenizers, kind, None)
@@ -141,13 +141,13 @@ def test_words_that_read_otherwise_behind_others(kind, main, tmp_path):
     code, stdout, stderr = main(sample, ["--model", tmp_path, *flags])
     assert code == 0, stderr
     if kind == "WordPiece":
-        assert main(sample, ["--model", tmp_path, "--prompt", " "])[0] == 2  # no word, no token
+        assert main(sample, ["--model", tmp_path, "--prompt", " "])[0] == 2  # no word gives no token
     _, first, _, second = stdout.splitlines()
     assert first == second and first.startswith("the quick ")
 
 
 def test_text_comes_through_a_pipe(run_folder):
-    """Whoever reads from a pipe, too, must have the text while it grows, not when the program ends."""
+    """A program that reads from a pipe gets the text while it grows, and not only at the end."""
     flags = "--num_samples 1 --max_new_tokens 2000 --device cpu".split()
     command = [sys.executable, ROOT / "sample.py", "--model", run_folder, *flags]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -158,7 +158,7 @@ def test_text_comes_through_a_pipe(run_folder):
 
 
 def test_a_reader_who_has_had_enough(run_folder):
-    """`| head` closes the pipe: no traceback."""
+    """`| head` closes the pipe, which must not give a traceback."""
     flags = "--num_samples 40 --max_new_tokens 3000 --device cpu"
     command = f"'{sys.executable}' '{ROOT / 'sample.py'}' --model '{run_folder}' {flags} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
@@ -166,7 +166,7 @@ def test_a_reader_who_has_had_enough(run_folder):
 
 
 def test_int8_weights(run_folder, main):
-    """--int8 keeps the blocks' matrices in a quarter of the memory, and the logits within a few hundredths."""
+    """--int8 stores the matrices in a quarter of the memory, and the logits differ by at most 2%."""
     pytest.importorskip("torchao")
     flags = ["--model", run_folder, "--max_new_tokens", 20, "--device", "cpu"]
     (_, text, _), (code, text8, stderr) = (main(sample, [*flags, *int8]) for int8 in ([], ["--int8"]))
@@ -185,7 +185,7 @@ def test_int8_weights(run_folder, main):
 
 
 def test_int8_without_torchao(monkeypatch):
-    """The extra package is named where it is missing."""
+    """The error names the package that is missing."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if not installed
     with pytest.raises(UserError, match="pip install -U torchao"):
         sample.quantize(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)))
