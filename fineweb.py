@@ -507,8 +507,8 @@ def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
     manifest, stale = settings | {"shards": {}, "finished": False}, {}
     if before["shards"] and path.exists():
         earlier = read_manifest_file(path)
-        whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
-        manifest["shards"] = dict(whole)
+        kept = itertools.takewhile(lambda item: is_complete(out_dir / item[0], item[1]), earlier["shards"].items())
+        manifest["shards"] = dict(kept)
         if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
             return earlier, stale
@@ -517,7 +517,7 @@ def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
     return manifest, stale
 
 
-def is_whole(path: Path, entry: dict) -> bool:
+def is_complete(path: Path, entry: dict) -> bool:
     """Return whether a shard exists and holds all its tokens. Raises OSError if the disk fails."""
     with suppress(FileNotFoundError, UserError):
         return open_shard(path).size == entry["tokens"]
