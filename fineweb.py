@@ -51,6 +51,7 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 SHARD_TOKENS = 100_000_000
 END_OF_TEXT = "<|endoftext|>"
 SETTINGS = ("encoding", "vocab_size", "source", "revision", "shard_tokens", "max_tokens", "nodes")
+# A folder without a manifest is read as GPT-2 tokens.
 NO_MANIFEST = dict.fromkeys(SETTINGS) | {"encoding": "gpt2", "vocab_size": 50257, "source": "", "nodes": 1}
 NO_MANIFEST |= {"documents": 0, "tokens": 0, "shards": None, "finished": True}
 # The names that we write, and those of llm.c and modded-nanogpt.
@@ -153,10 +154,7 @@ def list_shards(data_dir: Path) -> list[Path]:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Return the tokens of a .npy or .bin shard as a read-only memory map.
-
-    Shape (n,), uint16. Raises UserError if the file is not a shard or is damaged.
-    """
+    """Return a .npy or .bin shard as a read-only memory map, (n,) uint16. Raises UserError if it is neither."""
     path, fix = Path(path), "download it again, or delete its folder and run fineweb.py again"
     if path.suffix == ".bin":
         magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3), 0, 0, 0]
@@ -228,10 +226,7 @@ def prepare_command(manifest: dict, out_dir: Path) -> str:
 
 
 def encode_task(task: Task, encoding_name: str) -> np.ndarray:
-    """Return the tokens of a task's documents, each preceded by <|endoftext|>.
-
-    Shape (n,), uint16. Raises UserError if a document cannot be read.
-    """
+    """Return the tokens of a task's documents, each preceded by <|endoftext|>: (n,) uint16. Raises UserError."""
     encoding = get_encoding(encoding_name)  # built once in each process
     parts = [np.empty(0, dtype=np.uint16)]  # a row group may have no rows
     for text in read_texts(task):
@@ -244,7 +239,7 @@ def encode_text(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:
-        # encode_ordinary, too, replaces a lone surrogate by U+FFFD, and a pair by its character
+        # As encode_ordinary does, this replaces a lone surrogate by U+FFFD, and a pair by its character.
         return encode_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), encoding)
     except ValueError:  # a million whitespace characters in a row overflow the stack of tiktoken's regular expressions
         return encode_pieces(text, encoding)
@@ -256,10 +251,7 @@ def encode_pieces(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
 
 
 def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Iterator[np.ndarray]:
-    """Yield the tokens of each task, in order.
-
-    Shape (n,), uint16. Raises UserError if a document cannot be read, or if a worker cannot start or dies.
-    """
+    """Yield the tokens of each task in order, (n,) uint16. Raises UserError if a document or a worker fails."""
     if workers <= 1:
         with ThreadPoolExecutor(1) as reader:  # reads the next texts while this process encodes
             for texts in in_order(functools.partial(reader.submit, read_texts), tasks, 2):
@@ -483,8 +475,8 @@ def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
     manifest, stale = settings | {"shards": {}, "finished": False}, {}
     if before["shards"] and path.exists():
         earlier = read_manifest_file(path)
-        whole = itertools.takewhile(lambda item: is_whole(out_dir / item[0], item[1]), earlier["shards"].items())
-        manifest["shards"] = dict(whole)
+        kept = itertools.takewhile(lambda item: is_complete(out_dir / item[0], item[1]), earlier["shards"].items())
+        manifest["shards"] = dict(kept)
         if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
             print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
             return earlier, stale
@@ -493,12 +485,11 @@ def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
     return manifest, stale
 
 
-def is_whole(path: Path, entry: dict) -> bool:
+def is_complete(path: Path, entry: dict) -> bool:
     """Return whether a shard exists and holds all its tokens. Raises OSError if the disk fails."""
-    try:
+    with suppress(FileNotFoundError, UserError):
         return open_shard(path).size == entry["tokens"]
-    except (FileNotFoundError, UserError):
-        return False
+    return False
 
 
 def prepare(
@@ -731,7 +722,7 @@ def main() -> None:
         except OSError as error:  # a source that cannot be read is a UserError, so this is the output folder
             raise UserError(f"{error}: check --out_dir") from error
         except MemoryError as error:
-            raise UserError(f"{error}: lower --shard_tokens") from error
+            raise UserError(f"{one_line(error)}: lower --shard_tokens") from error
         except KeyboardInterrupt:
             print("interrupted: run the same command again to continue", file=sys.stderr, flush=True)
             os._exit(130)  # sys.exit would wait for the downloads

@@ -160,9 +160,8 @@ def test_from_every_shard_on_the_rest_is_the_same(corpus, undisturbed, tmp_path)
         out.mkdir()
         for name in names[:kept]:
             (out / name).write_bytes(undisturbed[name])
-        (out / "manifest.json").write_bytes(
-            undisturbed["manifest.json"]
-        )  # of a finished run: the other shards were deleted
+        # The manifest is that of the finished run: the other shards were deleted.
+        (out / "manifest.json").write_bytes(undisturbed["manifest.json"])
         prepare(str(corpus[0]), out, "bytes", shard_tokens=SHARD_TOKENS, workers=1)
         assert folder_bytes(out) == undisturbed
         shutil.rmtree(out)
