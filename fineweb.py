@@ -43,7 +43,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from support.common import UserError, atomic_write, exit_on_error, lock_file, one_line
+from support.common import UserError, atomic_write, exit_on_error, locked, one_line
 from support.sources import MANIFEST_NAME, Task, hub_dataset, open_source, read_texts
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
@@ -448,11 +448,8 @@ def locked_plan(out_dir: Path, settings: dict) -> Iterator[tuple[dict, dict]]:
         yield manifest, stale
         return
     name = manifest_path(out_dir, settings["node"], settings["nodes"]).stem
-    lock = lock_file(out_dir / f".{name}.lock")
-    try:
+    with locked(out_dir / f".{name}.lock"):
         yield plan_restart(out_dir, settings)  # again, because another run may have ended before we had the lock
-    finally:
-        lock.release()
 
 
 def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:

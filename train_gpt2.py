@@ -1168,7 +1168,7 @@ def run(arguments):
         # only the machine's first process prints them
         raise UserError("\n".join(errors)) if os.environ.get("LOCAL_RANK", "0") == "0" else SystemExit(2)
     runtime = setup_runtime(config)
-    with common.lock_file(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
+    with common.locked(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
         if runtime.rank == 0 and demo_lacks_shards(config):
             fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
         distributed.barrier()  # the others wait for the demo's shards

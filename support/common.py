@@ -136,16 +136,22 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_file(path: Path) -> FileLock:
-    """Lock a file until this process ends or releases the lock; the folder is created. Raises UserError if it is held.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, whose folder is created. Raises UserError if another process holds it.
 
     The operating system releases the lock of a process that is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
-        return FileLock(path).acquire(timeout=0).lock
+        lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"another run is writing to {path.parent}: wait for it to end, or give another --out_dir "
             f"(if no other run exists, delete {path})"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
