@@ -899,10 +899,13 @@ def load_checkpoint(config, runtime):
 
 def check_continuation(state, model_config, config, fingerprint):
     """Raise UserError if this run differs from the one that it resumes in what it may not change."""
-    flags = {**asdict(config), **({"dropout": model_config.dropout} if config.init_from else asdict(model_config))}
+    flags = asdict(config) | ({"dropout": model_config.dropout} if config.init_from else asdict(model_config))
     flags = {name: value for name, value in flags.items() if FLAGS[name]["resume"] != "free"}
-    checkpoints.check_flags(state["config"], flags, config.out_dir, OVERRIDABLE, config.override)
-    checkpoints.check_data(state["fingerprint"], fingerprint, config.data_dir, config.out_dir, config.override)
+    errors = checkpoints.flag_differences(state["config"], flags, config.out_dir, OVERRIDABLE, config.override)
+    data = state["fingerprint"], fingerprint, config.data_dir
+    errors += checkpoints.data_differences(*data, config.out_dir, config.override)
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def new_model(model_config, encoding, config):

@@ -306,8 +306,8 @@ def load_newest(out_dir):
     return None, None, {}
 
 
-def check_flags(before, now, out_dir, overridable, override):
-    """Raise UserError with a line for each flag of a resumed run that differs from the run in out_dir.
+def flag_differences(before, now, out_dir, overridable, override):
+    """Return a line for each flag of a resumed run that differs from the run in out_dir.
 
     before: {name: value} of that run. now: of this run's flags that must agree. overridable: the flags that a resumed
     run can change if --override names them. override: those that it names.
@@ -318,21 +318,21 @@ def check_flags(before, now, out_dir, overridable, override):
             way_out = f"allow it with --override {name}" if name in overridable else "start another --out_dir"
             old = f"the run in {out_dir} has {before[name]}"
             errors.append(f"--{name} is {now[name]}, {old}: give that, or {way_out}")
-    if errors:
-        raise UserError("\n".join(errors))
+    return errors
 
 
-def check_data(before, now, data_dir, out_dir, override):
-    """Raise UserError if the fingerprint of a resumed run's data differs from that of the run in out_dir."""
+def data_differences(before, now, data_dir, out_dir, override):
+    """Return a line if the fingerprint of a resumed run's data differs from that of the run in out_dir."""
     here = f"the run in {out_dir}"
     if now["encoding"] != before["encoding"]:
         fix = "give its --data_dir, or start another --out_dir"
-        raise UserError(f"{data_dir} has {now['encoding']} tokens, {here} {before['encoding']} tokens: {fix}")
+        return [f"{data_dir} has {now['encoding']} tokens, {here} {before['encoding']} tokens: {fix}"]
     changed = sorted(name for name in now | before if now.get(name) != before.get(name))
-    if changed and "data_dir" not in override:
-        name, others = changed[0], f" ({len(changed) - 1} other shards differ too)" if changed[1:] else ""
-        change = f"is {now.get(name, 'missing')}, {here} used {before.get(name, 'no such shard')}{others}"
-        raise UserError(f"{Path(data_dir, name)} {change}: restore the data, or allow it with --override data_dir")
+    if not changed or "data_dir" in override:
+        return []
+    name, others = changed[0], f" ({len(changed) - 1} other shards differ too)" if changed[1:] else ""
+    change = f"is {now.get(name, 'missing')}, {here} used {before.get(name, 'no such shard')}{others}"
+    return [f"{Path(data_dir, name)} {change}: restore the data, or allow it with --override data_dir"]
 
 
 def out_dir_errors(out_dir, resume, overwrite, init_from):
