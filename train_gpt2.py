@@ -10,9 +10,8 @@ Train a GPT-2 from scratch: one file, to be read from top to bottom.
 In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
 Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
 
-The file follows the lecture: configuration, model, data, optimizers and learning rate, processes and devices, the
-training step, evaluation, the training loop, and the command line. support/ holds what a first reading can skip:
-checkpoints.py (the files of a run), runlog.py (log and curve), distributed.py (process group, signals, FSDP).
+The file follows the lecture: configuration, model, data, optimizers, devices, training step, evaluation, training loop,
+command line. support/ holds what a first reading can skip: the files of a run, its log, several processes, FSDP.
 
 Shapes in the comments: B sequences of a batch ("rows"), T tokens of a sequence, C channels (n_embd), nh heads
 (n_head), hs channels of a head (C = nh * hs), V ids of the vocabulary.
@@ -674,9 +673,8 @@ def rows_per_step(config, world_size):
 
 
 def pick_micro_batch(raw_model, config, runtime):
-    """Return the rows of a micro-batch: --micro_batch, or for auto the most that fit and divide a process's rows.
-
-    On a GPU the sizes are tried without compilation, which needs more memory than a compiled step. Raises UserError.
+    """Return the rows of a micro-batch: --micro_batch, or for auto the most that fit (tried on a GPU, without
+    compilation) and divide a process's rows. Raises UserError.
     """
     if config.micro_batch != "auto":
         return config.micro_batch
@@ -901,9 +899,9 @@ def check_continuation(state, model_config, config, fingerprint):
     """Raise UserError if this run differs from the one that it resumes in what it may not change."""
     flags = asdict(config) | ({"dropout": model_config.dropout} if config.init_from else asdict(model_config))
     flags = {name: value for name, value in flags.items() if FLAGS[name]["resume"] != "free"}
-    errors = checkpoints.flag_differences(state["config"], flags, config.out_dir, OVERRIDABLE, config.override)
-    data = state["fingerprint"], fingerprint, config.data_dir
-    errors += checkpoints.data_differences(*data, config.out_dir, config.override)
+    where, override = config.out_dir, config.override
+    errors = checkpoints.flag_differences(state["config"], flags, where, OVERRIDABLE, override)
+    errors += checkpoints.data_differences(state["fingerprint"], fingerprint, config.data_dir, where, override)
     if errors:
         raise UserError("\n".join(errors))
 
@@ -1057,8 +1055,8 @@ def print_run(training, config, runtime, resumed_step):
     tokens, micro_steps = loader.num_rows * loader.T, rows_per_step(config, world_size) // loader.B
     epochs, dtype = config.max_steps * config.total_batch_tokens / tokens, str(runtime.dtype).removeprefix("torch.")
     mode = ("sharded, " if runtime.fsdp else "") + ("compiled (slow first step)" if runtime.compile else "eager")
-    size = f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels"
-    print0(f"model: {training.raw_model.num_params():,} parameters, {size}")
+    size = f"{training.raw_model.num_params():,} parameters"
+    print0(f"model: {size}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
     data = f"{tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}"
     print0(f"data: {data}, {epochs:.2f} epochs in {config.max_steps} steps")
     layout = f"{loader.B} rows x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
@@ -1187,8 +1185,7 @@ def main(arguments=None):
         except Stopped:
             exit_code = EXIT_STOPPED
         except torch.OutOfMemoryError as error:
-            fix = "give --micro_batch, or halve it (the tokens of an update stay the same)"
-            raise UserError(f"out of GPU memory: {fix}") from error
+            raise UserError("out of GPU memory: halve --micro_batch (an update keeps its number of tokens)") from error
     if dist.is_initialized():
         # Not after an error, because processes that have not failed would hang here. DDP's reference cycles must be
         # collected first: they keep gloo's threads alive, which would abort the process when it exits.
