@@ -65,7 +65,7 @@ class GPTConfig:
     n_head: int = flag(12, above=0)  # attention heads of a block (GPT-2)
     n_embd: int = flag(768, above=0)  # channels (GPT-2)
     flash: bool = flag(True, "free")  # fused attention kernel; off writes the causal mask out, to read and to time it
-    dropout: float = flag(0.0, "named", at_least=0)  # share of activations zeroed, for text read many times (GPT-1)
+    dropout: float = flag(0.0, "named")  # share of activations zeroed, for text read many times (GPT-1)
 
     @property
     def padded_vocab_size(self):
@@ -84,7 +84,7 @@ class TrainConfig:
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
     override: tuple[str, ...] = flag((), "free")  # flags that this resumed run may change, such as max_steps or lr
-    seed: int = flag(1337, "named", at_least=0)  # of the initialization, the shuffle and dropout (lecture)
+    seed: int = flag(1337, "named")  # of the initialization, the shuffle and dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, all processes: 2**19 ~ 0.5M (GPT-3)
@@ -96,7 +96,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = flag("adamw")  # muon: for the blocks' matrices, with AdamW for the rest
     lr: float = flag(6e-4, "named", above=0)  # peak learning rate (GPT-3)
     schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3)
-    min_lr_ratio: float = flag(0.1, "named", at_least=0)  # final learning rate, as a share of the peak (GPT-3)
+    min_lr_ratio: float = flag(0.1, "named")  # final learning rate, as a share of the peak (GPT-3)
     warmup_steps: int = flag(715, "named", at_least=0)  # linear warmup: 375M tokens (GPT-3)
     weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
     grad_clip: float = flag(1.0, "named", at_least=0)  # largest norm of the whole gradient, 0 for no limit (GPT-3)
@@ -1069,23 +1069,27 @@ def print_run(training, config, runtime, resumed_step):
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def config_errors(model_config, config):
-    """Return everything that is wrong with a configuration, one line each, before any work starts."""
-    errors = common.range_errors(model_config) + common.range_errors(config)
-    errors = errors or relation_errors(model_config, config)  # whose arithmetic needs numbers in range
+def config_errors(m, c):
+    """Return a line for everything that is wrong with a GPTConfig and a TrainConfig, before any work starts."""
+    errors = common.range_errors(m) + common.range_errors(c)
+    errors = errors or relation_errors(m, c)  # whose arithmetic needs numbers in range
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     # a folder that only has the tracker's name, as wandb creates one, has no origin
-    installed = config.tracker == "none" or getattr(importlib.util.find_spec(config.tracker), "origin", None)
+    installed = c.tracker == "none" or getattr(importlib.util.find_spec(c.tracker), "origin", None)
     checks = [
-        (not installed, f"--tracker {config.tracker} is not installed: pip install {config.tracker}"),
-        (config.resume and config.overwrite, "--resume and --overwrite exclude each other: give one of them"),
-        (restarted and config.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
-        (config.sample_interval and not config.prompt, "--prompt is empty: --sample_interval 0 turns samples off"),
+        (not 0 <= m.dropout < 1, f"--dropout is {m.dropout}: it must be from 0 to below 1"),
+        (not 0 <= c.min_lr_ratio <= 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
+        (not all(0 <= b < 1 for b in c.betas), f"--betas {c.betas[0]} {c.betas[1]}: each must be from 0 to below 1"),
+        (not 0 <= c.seed < 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),
+        (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
+        (c.resume and c.overwrite, "--resume and --overwrite exclude each other: give one of them"),
+        (restarted and c.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
+        (c.sample_interval and not c.prompt, "--prompt is empty: --sample_interval 0 turns samples off"),
     ]
     errors += [message for is_wrong, message in checks if is_wrong]
-    for name in set(config.override) - {*OVERRIDABLE}:
+    for name in sorted({*c.override} - {*OVERRIDABLE}):
         errors.append(f"--override {name}: a resumed run can change only {', '.join(sorted(OVERRIDABLE))}")
-    return errors + distributed.machine_errors(config.device, config.dtype, config.fsdp) + file_errors(config)
+    return errors + distributed.machine_errors(c.device, c.dtype, c.fsdp) + file_errors(c)
 
 
 def relation_errors(m, c):
@@ -1097,10 +1101,6 @@ def relation_errors(m, c):
     divisor = max((b for b in range(1, min(micro_batch, rows) + 1) if rows % b == 0), default=1)
     product = f"--seq_len {c.seq_len} x {world_size} processes"
     checks = [
-        (m.dropout >= 1, f"--dropout is {m.dropout}: it must be less than 1"),
-        (c.min_lr_ratio > 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
-        (not all(0 <= b < 1 for b in c.betas), f"--betas {c.betas[0]} {c.betas[1]}: each must be from 0 to below 1"),
-        (c.seed >= 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),
         (m.n_embd % m.n_head, f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
         (c.seq_len > m.block_size and not c.init_from,
          f"--seq_len {c.seq_len} is more than --block_size {m.block_size}: lower the first"),
