@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import tiktoken
 import torch
 
 from support.common import UserError, flush_to_disk, one_line
@@ -143,8 +142,8 @@ def write_model_folder(folder, weights, shape):
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, folder: Path, model_max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, so that transformers.AutoTokenizer opens the folder.
+def save_tokenizer(encoding, folder: Path, model_max_length: int) -> None:
+    """Write a tiktoken encoding as the tokenizer files of a folder, which transformers.AutoTokenizer then opens.
 
     That tokenizer gives the same ids as `encoding`, except that <|endoftext|> in a text becomes the special token.
     """

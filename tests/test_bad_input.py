@@ -285,7 +285,6 @@ def scripts(tmp_path):
     """
     folder = tmp_path / "scripts"
     (folder / "hellaswag").mkdir(parents=True)
-    shutil.copytree(ROOT / "support", folder / "support")
     for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "support", folder / "support")
@@ -332,9 +331,11 @@ NUMBERS = {  # every flag of train_gpt2.py whose value is a number, by its type
     field.name: number
     for field in (*fields(GPTConfig), *fields(TrainConfig))
     for number in (int, float)
-    if number in (field.type, *get_args(field.type)) and field.name != "vocab_size"  # which is no flag
+    if number in (field.type, *get_args(field.type)) and field.name not in ("vocab_size", "betas")  # no flag, and two
 }
-MAY_BE_ZERO = "dropout max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed".split()
+MAY_BE_ZERO = (
+    "dropout max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed sample_seed".split()
+)
 
 
 def test_the_numbers_are_all_there():

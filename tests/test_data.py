@@ -136,7 +136,7 @@ def test_bin_shards_read_like_npy(tmp_path, corpus):
 def test_bad_data_is_named(tmp_path, make_shards):
     """Too little data, no data, and ids outside the vocabulary: one line says where, and what to do."""
     folder = make_shards(tmp_path / "a", {"val": [np.arange(8)], "train": [[1] * 50 + [50257] + [1] * 50]})
-    with pytest.raises(UserError, match="too few for one row"):
+    with pytest.raises(UserError, match="too few for one sequence"):
         DataLoaderLite(folder, "val", 1, T)
     loader = DataLoaderLite(folder, "train", 12, T)
     with pytest.raises(UserError, match="edufineweb_train_000001.npy holds token id 50257"):
