@@ -1077,7 +1077,7 @@ def config_errors(m, c):
     # a folder that only has the tracker's name, as wandb creates one, has no origin
     installed = c.tracker == "none" or getattr(importlib.util.find_spec(c.tracker), "origin", None)
     checks = [
-        (not 0 <= m.dropout < 1, f"--dropout is {m.dropout}: it must be from 0 to below 1"),
+        (not 0 <= m.dropout < 1, f"--dropout is {m.dropout}: it must be 0 or more, and less than 1"),
         (not 0 <= c.min_lr_ratio <= 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
         (not all(0 <= b < 1 for b in c.betas), f"--betas {c.betas[0]} {c.betas[1]}: each must be from 0 to below 1"),
         (not 0 <= c.seed < 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),

@@ -45,7 +45,7 @@ def range_errors(config) -> list[str]:
     errors = []
     for f in fields(config):
         value, above, at_least = getattr(config, f.name), f.metadata["above"], f.metadata["at_least"]
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) or (above is None and at_least is None):
             continue
         if above is not None and not value > above:
             errors.append(f"--{f.name} is {value}: it must be above {above}")

@@ -139,7 +139,7 @@ def test_bad_data_is_named(tmp_path, make_shards):
     with pytest.raises(UserError, match="too few for one sequence"):
         DataLoaderLite(folder, "val", 1, T)
     loader = DataLoaderLite(folder, "train", 12, T)
-    with pytest.raises(UserError, match="edufineweb_train_000001.npy holds token id 50257"):
+    with pytest.raises(UserError, match="edufineweb_train_000001.npy has token id 50257"):
         loader.next_batch()
     with pytest.raises(UserError, match="preset demo"):
         DataLoaderLite(tmp_path / "nowhere", "train", 1, T)
