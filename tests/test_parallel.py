@@ -12,8 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_resume import TINY, Program, assert_same_run, error_lines, worker
+from helpers import ROOT, TINY, Program, assert_same_run, error_lines, worker
 
 from support.runlog import flops_per_token, read_log
 from train_gpt2 import GPT, PRESETS, GPTConfig
