@@ -50,7 +50,7 @@ def command(
     check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed)
     prompt = read_prompt(prompt, prompt_file)
     name, device = newest_checkpoint(model), pick_device(device)
-    gpt = GPT.from_pretrained(name).to(device).eval()
+    gpt = GPT.from_pretrained(name, flag="--model").to(device).eval()
     if not all(parameter.isfinite().all() for parameter in gpt.parameters()):
         raise UserError(f"--model {model} has weights that are not finite. Give an earlier checkpoint")
     if int8:

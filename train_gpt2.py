@@ -64,7 +64,7 @@ class GPTConfig:
     n_layer: int = flag(12, above=0)  # blocks (GPT-2)
     n_head: int = flag(12, above=0)  # attention heads of a block (GPT-2)
     n_embd: int = flag(768, above=0)  # channels (GPT-2)
-    flash: bool = flag(True, "free")  # fused attention kernel; off writes the causal mask out, to read and to time it
+    flash: bool = flag(True, "free")  # fused attention kernel; off: write the causal mask out, to read and time it
     dropout: float = flag(0.0, "named")  # share of activations zeroed, for text read many times (GPT-1)
 
     @property
@@ -79,12 +79,12 @@ class TrainConfig:
 
     preset: str = flag("gpt2", "free")  # the set of defaults that the other flags override
     data_dir: str = flag(str(fineweb.DATA_DIR), "free")  # token shards, from fineweb.py or published .bin files
-    out_dir: str = flag(str(HERE / "log"), "free")  # for log.txt, curve.png and checkpoints/
+    out_dir: str = flag(str(HERE / "log"), "free")  # folder to write: log.txt, curve.png and checkpoints/
     init_from: str | None = flag(None, "named")  # start from this Hugging Face name, model folder or output folder
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
     override: tuple[str, ...] = flag((), "free")  # flags that this resumed run may change, such as max_steps or lr
-    seed: int = flag(1337, "named")  # of the initialization, the shuffle and dropout (lecture)
+    seed: int = flag(1337, "named")  # seed of the initialization, the shuffle and dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, all processes: 2**19 ~ 0.5M (GPT-3)
@@ -100,9 +100,9 @@ class TrainConfig:
     warmup_steps: int = flag(715, "named", at_least=0)  # linear warmup: 375M tokens (GPT-3)
     weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
     grad_clip: float = flag(1.0, "named", at_least=0)  # largest norm of the whole gradient, 0 for no limit (GPT-3)
-    betas: tuple[float, float] = flag((0.9, 0.95), "named")  # of AdamW's two moving averages (GPT-3)
-    eps: float = flag(1e-8, "named", above=0)  # of AdamW (GPT-3)
-    max_skipped_steps: int = flag(20, "free", above=0)  # in a row, if loss or gradient is not finite (float16: a few)
+    betas: tuple[float, float] = flag((0.9, 0.95), "named")  # decay rates of AdamW's two moving averages (GPT-3)
+    eps: float = flag(1e-8, "named", above=0)  # epsilon of AdamW (GPT-3)
+    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many skipped updates in a row (float16: a few)
 
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # auto: cuda, else mps, else cpu
     # precision of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
@@ -119,7 +119,7 @@ class TrainConfig:
     prompt: str = flag("Hello, I'm a language model,", "free")  # start of the samples (lecture)
     num_samples: int = flag(4, "free", above=0)  # samples each time (lecture)
     max_new_tokens: int = flag(24, "free", above=0)  # tokens after the prompt: 32 with its eight (lecture)
-    sample_seed: int = flag(42, "free", at_least=0)  # of the samples' own random generator (lecture)
+    sample_seed: int = flag(42, "free")  # seed of the samples, which have their own random generator (lecture)
     hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: do not score HellaSwag
     tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # receives log.txt's values; pip install it
 
@@ -132,11 +132,8 @@ PRESETS = {
     # fewer tokens: a small model reaches the loss of "gpt2" with less than half (benchmarks/results/recipes.md). The
     # learning rate is a starting point, not measured at this size: on the small model the best one was two to eight
     # times AdamW's. Muon's updates have the size of AdamW's at any width, so its rate scales like AdamW's: 4 x 6e-4.
-    "gpt2-fast": (
-        GPTConfig(),
-        TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear", min_lr_ratio=0.0,
-                    max_steps=9536, warmup_steps=358),
-    ),
+    "gpt2-fast": (GPTConfig(), TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear",
+                                           min_lr_ratio=0.0, max_steps=9536, warmup_steps=358)),
     "gpt2-medium": (GPTConfig(n_layer=24, n_head=16, n_embd=1024), TrainConfig(preset="gpt2-medium", lr=3e-4)),
     "gpt2-large": (GPTConfig(n_layer=36, n_head=20, n_embd=1280), TrainConfig(preset="gpt2-large", lr=2.5e-4)),
     "gpt2-xl": (GPTConfig(n_layer=48, n_head=25, n_embd=1600), TrainConfig(preset="gpt2-xl", lr=2e-4)),
@@ -150,8 +147,7 @@ PRESETS = {
                               max_steps=9537, warmup_steps=358)),
     # chosen by measurement on two CPU cores (benchmarks/results/demo.md): at this size the fused attention kernel and
     # compilation cost more time than they save, and many steps of a shallow model learn more than few of a deep one
-    "demo": (
-        GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=128, flash=False),
+    "demo": (GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=128, flash=False),
         TrainConfig(
             preset="demo", data_dir=str(HERE / "demo" / "data"), out_dir=str(HERE / "demo" / "log"),
             max_steps=1700, total_batch_tokens=16 * 128, seq_len=128,
@@ -194,9 +190,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj.NANOGPT_SCALE_INIT = True
-        self.n_head = config.n_head
-        self.flash = config.flash
-        self.dropout = config.dropout
+        self.n_head, self.flash, self.dropout = config.n_head, config.flash, config.dropout
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.shape
@@ -222,7 +216,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class CastLayerNorm(nn.LayerNorm):
-    """LayerNorm for weights in bfloat16 and x in float32: FSDP gathers them so, and the kernel needs equal types."""
+    """LayerNorm for float32 inputs and weights that FSDP may have gathered in bfloat16: the kernel needs one type."""
 
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -403,9 +397,9 @@ class GPT(nn.Module):
     TRANSPOSED = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, flash=True, dropout=0.0):
+    def from_pretrained(cls, name_or_folder, flash=True, dropout=0.0, flag="the model"):
         """Return the GPT-2 of a Hugging Face name (gpt2, gpt2-xl, …) or model folder, as a checkpoint is one."""
-        hf_model = checkpoints.open_gpt2(name_or_folder, "the model", exactly=True)
+        hf_model = checkpoints.open_gpt2(name_or_folder, flag, exactly=True)
         hf_config = hf_model.config
         model = cls(GPTConfig(
             block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, flash=flash, dropout=dropout,
@@ -766,7 +760,7 @@ def load_hellaswag(config, encoding, block_size, runtime):
         except UserError as error:
             if config.hellaswag_file != TrainConfig.hellaswag_file:
                 raise  # the user asked for this file
-            print(f"training continues without HellaSwag: {error}", flush=True)
+            common.warn(f"training continues without HellaSwag: {error}")
     return from_rank0(examples, runtime.device)
 
 
@@ -779,7 +773,7 @@ def hellaswag_accuracy(raw_model, rows, runtime):
 
     ranks = runtime.rank, runtime.world_size
     counts = hellaswag.evaluate(trunk, raw_model.head, None, rows, *ranks, device=runtime.device)
-    total, correct_norm = sum_over_ranks(torch.tensor(counts[::2]), runtime.device).tolist()
+    total, correct_norm = sum_over_ranks(torch.tensor([counts.total, counts.correct_norm]), runtime.device).tolist()
     return correct_norm / total
 
 
@@ -802,19 +796,22 @@ def evaluate(step, training, config, runtime):
     last_step = step == config.max_steps
     evaluates = step % config.eval_interval == 0 or last_step
     samples = step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step)
+    scores = evaluates and training.hellaswag_rows
+    results, parts = {}, [f"step {step:5d}"]
+
+    def measure(name, function, *arguments):
+        start = time.perf_counter()
+        results[name] = function(*arguments, runtime)
+        parts.append(f"{name}: {results[name]:.4f} ({time.perf_counter() - start:.1f} s)")
+
     training.raw_model.eval()  # turns dropout off, also in `model`, which has the same modules
-    results, times = {}, [time.perf_counter()]
     if evaluates:
-        results["val"] = validation_loss(training.model, training.val_loader, config.val_tokens, runtime)
-        times.append(time.perf_counter())
-    whole = distributed.whole_model(training.raw_model) if samples or training.hellaswag_rows else None
-    if evaluates and training.hellaswag_rows:
-        results["hella"] = hellaswag_accuracy(whole, training.hellaswag_rows, runtime)
-        times.append(time.perf_counter())
+        measure("val", validation_loss, training.model, training.val_loader, config.val_tokens)
+    whole = distributed.whole_model(training.raw_model, GPT) if samples or scores else None
+    if scores:
+        measure("hella", hellaswag_accuracy, whole, training.hellaswag_rows)
     if evaluates:
-        spans = zip(results.items(), times, times[1:])
-        parts = [f"{name}: {value:.4f} ({end - start:.1f} s)" for (name, value), start, end in spans]
-        runtime.print0(f"step {step:5d} | " + " | ".join(parts))
+        runtime.print0(" | ".join(parts))
     if evaluates and runtime.rank == 0:
         training.log.write(step, **results)
         with suppress(OSError):  # a full disk, about which the log has already warned
@@ -887,8 +884,8 @@ def restore(state, optimizers, scaler, loader):
 def load_checkpoint(config, runtime):
     """Return (training state, weights, damaged folders) of the newest whole checkpoint, or (None, None, {})."""
     state, weights, damaged = checkpoints.load_newest(config.out_dir) if config.resume else (None, None, {})
-    for folder, reason in damaged.items():
-        runtime.print0(f"warning: {folder} is damaged: {reason}")
+    for folder, reason in damaged.items() if runtime.rank == 0 else ():
+        common.warn(f"{folder} is damaged: {reason}")
     step = state and state["step"]
     if from_rank0(step, runtime.device) != step:
         raise UserError(f"the processes see different checkpoints in {config.out_dir}: use a folder that all share")
@@ -911,7 +908,7 @@ def new_model(model_config, encoding, config):
     if not config.init_from:
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
     folder = checkpoints.newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
-    model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout)
+    model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout, "--init_from")
     if model.config.vocab_size != encoding.n_vocab:
         raise UserError(
             f"--init_from {config.init_from} has {model.config.vocab_size} ids, but the shards in {config.data_dir} "
@@ -1028,7 +1025,7 @@ def save(step, skipped, training, config, runtime, writer):
     if any_rank(writes and writer.lacks(step)):
         flags = {**asdict(training.raw_model.config), **asdict(config)}
         state = distributed.copy_to_cpu(training_state(step, skipped, training, flags), keep=writes)
-        whole = distributed.whole_model(training.raw_model)
+        whole = distributed.whole_model(training.raw_model, GPT)
         if writes:
             writer.save(step, whole.pretrained_weights(), state)
 
@@ -1059,7 +1056,7 @@ def print_run(training, config, runtime, resumed_step):
     print0(f"model: {size}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
     data = f"{tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}"
     print0(f"data: {data}, {epochs:.2f} epochs in {config.max_steps} steps")
-    layout = f"{loader.B} rows x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
+    layout = f"{loader.B} sequences x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
     print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}")
     print0(f"machine: {runtime.device}, {dtype}, torch {torch.__version__}, {platform.machine()}, {mode}")
     if resumed_step is not None:
@@ -1079,8 +1076,12 @@ def config_errors(m, c):
     checks = [
         (not 0 <= m.dropout < 1, f"--dropout is {m.dropout}: it must be 0 or more, and less than 1"),
         (not 0 <= c.min_lr_ratio <= 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
-        (not all(0 <= b < 1 for b in c.betas), f"--betas {c.betas[0]} {c.betas[1]}: each must be from 0 to below 1"),
+        (
+            not all(0 <= b < 1 for b in c.betas),
+            f"--betas {c.betas[0]} {c.betas[1]}: each must be in [0, 1)",
+        ),
         (not 0 <= c.seed < 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),
+        (not 0 <= c.sample_seed < 2**64, f"--sample_seed is {c.sample_seed}: it must be from 0 to 2**64 - 1"),
         (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
         (c.resume and c.overwrite, "--resume and --overwrite exclude each other: give one of them"),
         (restarted and c.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
@@ -1099,15 +1100,14 @@ def relation_errors(m, c):
     rows, remainder = divmod(c.total_batch_tokens, unit)
     micro_batch = 1 if c.micro_batch == "auto" else c.micro_batch
     divisor = max((b for b in range(1, min(micro_batch, rows) + 1) if rows % b == 0), default=1)
-    product = f"--seq_len {c.seq_len} x {world_size} processes"
     checks = [
         (m.n_embd % m.n_head, f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
         (c.seq_len > m.block_size and not c.init_from,
          f"--seq_len {c.seq_len} is more than --block_size {m.block_size}: lower the first"),
-        (remainder or not rows, f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {product}: "
-                                f"{max(1, rows) * unit} is"),
+        (remainder or not rows, f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of --seq_len "
+                                f"{c.seq_len} x {world_size} processes: {max(1, rows) * unit} is"),
         (rows and not remainder and rows % micro_batch, f"--micro_batch {micro_batch} does not divide a process's "
-                                                        f"{rows} rows of a batch: {divisor} does"),
+                                                        f"{rows} sequences of a batch: {divisor} does"),
         (c.warmup_steps > c.max_steps > 0, f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
         (c.val_tokens < c.seq_len, f"--val_tokens {c.val_tokens} is less than one sequence of --seq_len {c.seq_len}"),
     ]  # fmt: skip
@@ -1185,8 +1185,8 @@ def main(arguments=None):
         except Stopped:
             exit_code = EXIT_STOPPED
         except torch.OutOfMemoryError as error:
-            raise UserError("out of GPU memory: halve --micro_batch (an update keeps its number of tokens)") from error
-    if dist.is_initialized():
+            raise UserError("out of GPU memory: give a smaller --micro_batch (an update keeps its tokens)") from error
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Not after an error, because processes that have not failed would hang here. DDP's reference cycles must be
         # collected first: they keep gloo's threads alive, which would abort the process when it exits.
         gc.collect()

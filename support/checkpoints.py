@@ -252,11 +252,11 @@ class CheckpointWriter:
     def _write(self, step, weights, state):
         try:
             if not all(weight.isfinite().all() for weight in weights.values()):
-                raise UserError("its weights are not finite")
+                raise UserError("the weights are not finite")
             folder = save_checkpoint(self.out_dir, step, weights, state, self.shape, self.encoding)
             print(f"saved {folder}\n", end="", flush=True)  # one write per line, because training prints as well
         except Exception as error:  # the system, torch and safetensors raise errors of their own
-            effect = "The older checkpoints are unchanged; the next evaluation tries again."
+            effect = "The older checkpoints are unchanged. If training continues, its next evaluation tries again."
             print(
                 f"error: saving step {step} failed: {one_line(error)}. {effect}\n", end="", file=sys.stderr, flush=True
             )
@@ -311,7 +311,7 @@ def flag_differences(before, now, out_dir, overridable, override):
     before: {name: value} of that run. now: of this run's flags that must agree. overridable: the flags that a resumed
     run can change if --override names them. override: those that it names.
     """
-    errors, before = [], {"dropout": 0.0} | before  # older checkpoints have no dropout
+    errors, before = [], {"dropout": 0.0, "betas": (0.9, 0.95), "eps": 1e-8} | before  # older checkpoints lack them
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and name not in override:
             way_out = f"allow it with --override {name}" if name in overridable else "start another --out_dir"

@@ -21,6 +21,11 @@ def one_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def warn(message: str) -> None:
+    """Print a line on stderr about something that the program continues without."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """End the program with `error: …` lines on stderr and exit code 2 for a user error, with 130 for Ctrl-C."""
@@ -63,11 +68,14 @@ def pick_device(name: str) -> str:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, here in available.items() if here)
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not available.get(kind) or (index and not (index.isdigit() and int(index) < count)):
+    try:
+        if not available.get(name.partition(":")[0]):
+            raise RuntimeError("torch does not find it")
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # several processes would all occupy the first GPU
+            torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = ", ".join(device for device, here in available.items() if here)
-        raise UserError(f"--device {name} is not available here: give auto or one of {found}")
+        raise UserError(f"--device {name} cannot be used ({one_line(error)}): give auto or one of {found}") from error
     return name
 
 
@@ -101,8 +109,7 @@ def can_compile(choice: str, device, warns: bool) -> bool:
         return True
     except Exception as error:  # Inductor, Triton and the compilers that they call raise errors of their own
         if warns:
-            reason = f"torch.compile does not work here ({one_line(error)})"
-            print(f"warning: {reason}: training continues without it, slower", flush=True)
+            warn(f"torch.compile does not work here ({one_line(error)}): training continues without it, slower")
         return False
 
 

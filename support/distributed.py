@@ -244,12 +244,12 @@ def shard_like(parameter, value):
     return shard.clone()  # a view would keep the whole tensor alive
 
 
-def whole_model(model):
+def whole_model(model, model_class):
     """Return a sharded GPT as a plain one in float32, for which all processes must call this; a plain one as it is."""
     if not hasattr(model, "unshard"):
         return model
     with torch.device("meta"):
-        whole = type(model)(model.config)
+        whole = model_class(model.config)  # sharding has changed the type of `model`
     shards = model.state_dict()
     del shards["lm_head.weight"]  # tied to wte, so it is gathered once
     whole.load_state_dict({name: gather(shard) for name, shard in shards.items()}, strict=False, assign=True)

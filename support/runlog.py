@@ -3,13 +3,12 @@
 import importlib
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from support.common import atomic_write, one_line
+from support.common import atomic_write, one_line, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm (both as measured in
 # build-nanogpt), and GPT-3's HellaSwag (its paper). Each panel always shows its first three; others if the run is near.
@@ -18,10 +17,6 @@ REFERENCES = {
     "hella": {"chance": 0.25, "GPT-2 124M": 0.294463, "GPT-3 125M": 0.337, "GPT-2 350M": 0.375224, "GPT-3 350M": 0.436,
               "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
 }  # fmt: skip
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Log:

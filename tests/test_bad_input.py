@@ -11,6 +11,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from helpers import write_bin
 
 import fineweb
 import hellaswag
@@ -65,11 +66,9 @@ def contents(folder):
 
 def to_bin(path, magic=20240520, version=1):
     """Rewrite a .npy shard as a .bin, and return its path."""
-    tokens, header = np.load(path), np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, tokens.size
+    tokens = np.load(path)
     path.unlink()
-    path.with_suffix(".bin").write_bytes(header.tobytes() + tokens.tobytes())
-    return path.with_suffix(".bin")
+    return write_bin(path.with_suffix(".bin"), tokens, magic, version)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

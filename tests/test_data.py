@@ -4,6 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from helpers import write_bin
 
 from support.common import UserError
 from train_gpt2 import DataLoaderLite
@@ -126,9 +127,7 @@ def test_bin_shards_read_like_npy(tmp_path, corpus):
         tokens = np.load(path)
         if not tokens.size:
             continue
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = 20240520, 1, tokens.size
-        (tmp_path / f"{path.stem}.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        write_bin(tmp_path / f"{path.stem}.bin", tokens)
     ours, theirs = (DataLoaderLite(f, "train", 4, T, shuffle=False) for f in (folder, tmp_path))
     assert take_rows([ours], 100) == take_rows([theirs], 100)
 

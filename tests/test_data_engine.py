@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from helpers import write_bin
 
 import fineweb
 from fineweb import find_shards, list_shards, open_shard, prepare, read_manifest, verify_shards
@@ -698,8 +699,7 @@ def test_verify_reads_a_folder_without_a_manifest(make_shards, tmp_path, capsys)
     verify_shards(tmp_path / "good")
     assert "6 tokens (gpt2), 2 documents" in capsys.readouterr().out
     for name in ("good_train.bin", "good_train_000000.bin", "good_val_000001.bin"):  # each continues another shard
-        header = np.array([20240520, 1, 3] + [0] * 253, dtype=np.int32)
-        (tmp_path / "good" / name).write_bytes(header.tobytes() + np.arange(3, dtype=np.uint16).tobytes())
+        write_bin(tmp_path / "good" / name, np.arange(3))
     verify_shards(tmp_path / "good")
     make_shards(tmp_path / "bad", {"val": [[1, 2, 3]], "train": [[50257]]})
     with pytest.raises(UserError, match="has errors .2."):

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from helpers import ROOT, write_bin
 
 import fineweb
 from fineweb import encode_all, find_shards, get_encoding, open_shard, prepare, read_manifest
@@ -24,7 +25,6 @@ from support import sources
 from support.checkpoints import save_tokenizer
 from support.common import UserError, atomic_write
 
-ROOT = Path(fineweb.__file__).parent
 TRICKY = [
     "Hello, I'm a language model,",
     "",
@@ -256,13 +256,6 @@ def test_gpt2_without_a_network(tmp_path, run_script):
 
 
 # --- reading shards ---------------------------------------------------------------------------------------------------
-
-
-def write_bin(path, tokens, magic=20240520, version=1, count=None):
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
-    return path
 
 
 def test_both_formats_open_as_read_only_maps(tmp_path):

@@ -71,7 +71,7 @@ def test_micro_batch_auto_fits(shards, run_script, tmp_path):
         command = [sys.executable, "-c", script, gigabytes * 2**30 / total, *flags, *out]
         done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        rows[gigabytes] = int(re.search(r"= (\d+) rows x", done.stdout)[1])
+        rows[gigabytes] = int(re.search(r"= (\d+) sequences x", done.stdout)[1])
     assert rows[1.5] < rows[8] == 512
 
 
