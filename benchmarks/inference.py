@@ -7,9 +7,9 @@ Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt's
 
 All continue one prompt of 8 tokens by 512, sampled from the 50 most likely. They alternate in one process, with the
 same random weights. build-nanogpt's model is its own, and its loop is that of its train_gpt2.py, for one sequence. Ours
-runs in float32, as in sample.py; and for a quarter of the tokens compiled, in bfloat16, and with int8 weights (torchao). The
-effect of the weights' dtype on the validation loss is measured with --trained, a model folder or output folder, on the
-shards in --data. Writes inference_DEVICE.md, .json and .png: see measure.py.
+runs in float32, as in sample.py; and for a quarter of the tokens compiled, in bfloat16, and with int8 weights
+(torchao). The effect of the weights' dtype on the validation loss is measured with --trained, a model folder or output
+folder, on the shards in --data. Writes inference_DEVICE.md, .json and .png: see measure.py.
 """
 
 import copy

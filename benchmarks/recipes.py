@@ -6,14 +6,15 @@ Measure how many tokens the gpt2-fast recipe saves: the same small model, compar
 
 The model is the demo's, the text the source of Python's standard library, in bytes, and no run reads a whole epoch. The
 batch, the clipping and the tokens of the validation loss (whole files, which no run trains on) are the same for all.
-Each recipe searches its own learning rate, by factors of two and with a seed of its own, until the best one is not at an
+Each recipe searches its own learning rate, by factors of two and with a separate seed, until the best one is not at an
 edge. For the AdamW whose loss is the target, the search is finer. Recipes with budgets then run with three other seeds.
 
 The saving is not read from the winner's loss curve, because a run that plans for fewer tokens also decays its learning
 rate earlier. Instead the winner runs with smaller budgets, each with its whole schedule. The budget at which it would
-meet the default's final loss is interpolated, in the logarithm of tokens. Every run is appended to OUT_DIR/recipes.jsonl
-when it ends, so that a killed program continues (delete that file after a change of the code). One thread makes runs
-repeatable. Writes recipes.md, .json and .png: see measure.py.
+meet the default's final loss is interpolated, in the logarithm of tokens.
+
+Every run is appended to recipes.jsonl when it ends, so that a killed program continues. Delete that file after a change
+of the code. One thread makes runs repeatable. Writes recipes.md, .json and .png: see measure.py.
 
 benchmarks/results/recipes.md also lists the recipes that lost. Their code was removed.
 """
@@ -64,7 +65,7 @@ RECIPES = {
 
 
 def train(recipe, lr, seed, tokens, args):
-    """Train a model. Return [tokens, validation loss] at its end; for the first of SEEDS, also at seven earlier steps."""
+    """Train a model. Return [tokens, validation loss] at its end; for the first of SEEDS, also at earlier steps."""
     steps = tokens // (BATCH_ROWS * T)
     config = replace(
         recipe.config, lr=lr, seed=seed, max_steps=steps, warmup_steps=max(1, round(recipe.warmup * steps)),
@@ -106,9 +107,10 @@ def cached(name, lr, seed, tokens, args):
 def search_rate(name, args):
     """Return {learning rate: loss}, from low to high. The search ends when the best one is not at an edge.
 
-    The winner searches with half of the tokens, so that its budget includes no advantage of a longer search.
+    AdamW searches with all tokens. The winner searches with half of them, which cannot be to its advantage.
     """
-    tokens, guess = args.tokens if name.startswith("adamw") else args.tokens // 2, RECIPES[name].guess
+    guess = RECIPES[name].guess
+    tokens = args.tokens if RECIPES[name].config.optimizer == "adamw" else args.tokens // 2
     losses = {lr: cached(name, lr, SEARCH_SEED, tokens, args)["val"] for lr in (guess / 2, guess, guess * 2)}
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)) and len(losses) < 8:
         lr = best / 2 if best == min(losses) else best * 2
