@@ -11,6 +11,7 @@ that determines its number of processes. Both programs must write the same token
 measure.py.
 """
 
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -31,7 +32,6 @@ from measure import ROOT, describe, make_parser, parse_flags, require_checkouts,
 
 from support.common import UserError
 
-SHARD_TOKENS = 5_000_000
 # takes the place of the package `datasets` in build-nanogpt's process
 PEER_DATASETS = """
 import importlib, os, sys
@@ -120,9 +120,9 @@ def run_limit(folder: Path, corpus: Path, processes: int) -> dict:
     return {"tokens_per_second": rate}
 
 
-def run_ours(folder: Path, corpus: Path, processes: int) -> dict:
+def run_ours(folder: Path, corpus: Path, processes: int, shard_tokens: int) -> dict:
     """Run fineweb.py with this many workers. Return its figures."""
-    flags = ["--source", corpus, "--out_dir", folder / "out", "--shard_tokens", SHARD_TOKENS, "--workers", processes]
+    flags = ["--source", corpus, "--out_dir", folder / "out", "--shard_tokens", shard_tokens, "--workers", processes]
     seconds, peak = run_watched([sys.executable, ROOT / "fineweb.py", *flags], folder, {})
     return totals(folder / "out", seconds, peak)
 
@@ -147,7 +147,8 @@ def totals(out: Path, seconds: float, peak: int) -> dict:
 
 def run_all(args):
     """Return {(program, processes): figures of each run}. Raises UserError if the programs write different tokens."""
-    programs = {"tiktoken alone": run_limit, "build-nanogpt": run_peer, "fineweb.py": run_ours}
+    ours = functools.partial(run_ours, shard_tokens=args.shard_tokens)
+    programs = {"tiktoken alone": run_limit, "build-nanogpt": run_peer, "fineweb.py": ours}
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder, corpus = Path(temporary), Path(temporary, "corpus")
@@ -185,6 +186,7 @@ def main():
     parser.add_argument("--source", type=Path, required=True, help="a folder of parquet files")
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of build-nanogpt")
     parser.add_argument("--megabytes", type=int, default=300, help="of text")
+    parser.add_argument("--shard_tokens", type=int, default=5_000_000, help="tokens of a shard of fineweb.py")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes that tokenize")
     args = parse_flags(parser, "data")
     require_checkouts(parser, peer=(args.peer, "fineweb.py"))
