@@ -72,7 +72,8 @@ np.save("edu_fineweb10B/edufineweb_train_000000.npy", np.array(tokens, dtype=np.
 """
 ROWS = [
     {"activity_label": "Cooking", "ctx_a": "A man cuts an onion.", "ctx_b": "then he", "label": 1,
-     "ctx": "A man cuts an onion. then he", "endings": ["cries.", "fries it in oil.", "flies to the moon and back", "sleeps"]},
+     "ctx": "A man cuts an onion. then he",
+     "endings": ["cries.", "fries it in oil.", "flies to the moon and back", "lies down"]},
     {"activity_label": "Removing ice", "ctx_a": "She scrapes the windshield.", "ctx_b": "", "label": 3,
      "ctx": "She scrapes the windshield.", "endings": ["The car sings.", "It [title] rains", "No.", "The ice falls"]},
 ]  # fmt: skip
