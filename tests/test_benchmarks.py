@@ -34,7 +34,8 @@ PADDING = math.log(384 / 257)  # at the start, the demo's loss is higher by this
 
 # These stand in for build-nanogpt's scripts. Each has the strings and functions that its benchmark relies on.
 PEER_TRAINING = """
-GPTConfig, use_compile, step, last_step = dict, False, 1, False
+GPTConfig, step, last_step = dict, 1, False
+use_compile = False
 total_batch_size = 524288
 B = 64
 T = 1024
@@ -308,7 +309,7 @@ def test_bad_flags(flags, says, main, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text, says", [(None, "is neither a file"), ("word " * 12_000, "less than 81,922 tokens")])
+@pytest.mark.parametrize("text, says", [(None, "no such file"), ("word " * 12_000, "less than 81,922 tokens")])
 def test_too_little_text(text, says, run_script, tmp_path):
     """Text for less than two equal shards is refused, because build-nanogpt's loader crashes with a short one."""
     source = tmp_path / "missing"
