@@ -1,21 +1,20 @@
 """
-How fast documents become shards: fineweb.py and build-nanogpt's fineweb.py, whole programs from parquet files to
-shards on disk, beside what tiktoken alone reaches on texts that lie in memory. All in one run, taking turns.
+Measure how fast documents become shards: fineweb.py, build-nanogpt's fineweb.py, and the limit that tiktoken sets.
 
     python benchmarks/data.py --source ../shared/data/fineweb --peer ../build-nanogpt
 
---source is a folder of parquet files with a column `text`; its rows are repeated up to --megabytes of text. --peer is a
-checkout of github.com/karpathy/build-nanogpt: its script runs as it is, with a `datasets.load_dataset` that opens the
-same files (converted to Arrow before, which is not counted) and an `os.cpu_count` from which it takes its processes.
-Both must give the same tokens. Writes benchmarks/results/data.json and data.md.
+Both programs run as a whole, from parquet files to shards on disk. The limit is what tiktoken reaches on texts in
+memory. All alternate. --source is a folder of parquet files with a column `text`; its rows are repeated until there are
+--megabytes of text. --peer is a checkout of github.com/karpathy/build-nanogpt. Its script runs unchanged, but with a
+`datasets.load_dataset` that opens the same files (converted to Arrow before, which is not timed), and an `os.cpu_count`
+that determines its number of processes. Both programs must write the same tokens. Writes data.md and .json: see
+measure.py.
 """
 
+import functools
 import hashlib
-import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -29,13 +28,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import tiktoken
-import tyro
+from measure import ROOT, describe, make_parser, parse_flags, require_checkouts, run_main, write_report
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARD_TOKENS = 5_000_000
+from support.common import UserError
+
+# takes the place of the package `datasets` in build-nanogpt's process
 PEER_DATASETS = """
 import importlib, os, sys
-os.cpu_count = lambda: 2 * int(os.environ["PROCESSES"])  # of which it takes half
+os.cpu_count = lambda: 2 * int(os.environ["PROCESSES"])  # it uses half of them
 sys.path.remove(os.path.dirname(__file__))
 del sys.modules["datasets"]
 datasets = importlib.import_module("datasets")
@@ -43,12 +43,20 @@ load = datasets.load_dataset
 datasets.load_dataset = lambda *args, **kwargs: load(
     "parquet", data_dir=os.environ["CORPUS"], split="train", cache_dir=os.environ["CACHE"])
 """
+COLUMNS = {
+    "program": ("program", ""), "processes that tokenize": ("processes", ""), "tokens/s": ("tokens_per_second", ",.0f"),
+    "share of tiktoken's limit": ("share", ".0%"), "peak memory, MB": ("megabytes", ",.0f"),
+}  # fmt: skip
 
 
 def make_corpus(source: Path, folder: Path, megabytes: int) -> None:
-    """Write parquet files of 1,000 rows a group, as FineWeb-Edu's are, with at least so much text."""
-    tables = [pa.parquet.read_table(path, columns=["text"]) for path in sorted(source.glob("*.parquet"))]
-    table = pa.concat_tables(tables)
+    """Write parquet files with at least this much text, in row groups of 1,000 rows like FineWeb-Edu's.
+
+    Raises UserError if the source has no parquet files.
+    """
+    if not (paths := sorted(source.glob("*.parquet"))):
+        raise UserError(f"--source {source} has no parquet files: give a folder of them, with a column `text`")
+    table = pa.concat_tables([pa.parquet.read_table(path, columns=["text"]) for path in paths])
     times = -(-megabytes * 10**6 // table.nbytes)
     folder.mkdir()
     for i in range(times):
@@ -56,12 +64,12 @@ def make_corpus(source: Path, folder: Path, megabytes: int) -> None:
 
 
 def resident_bytes(root: int) -> int:
-    """Return the resident memory of a process and all below it, shared pages counted in each."""
+    """Return the resident memory of a process and its descendants. Each process counts the pages that it shares."""
     parents, resident = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         process = int(stat.parent.name)
         parents[process], resident[process] = int(fields[1]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
@@ -72,8 +80,8 @@ def resident_bytes(root: int) -> int:
     return sum(resident.get(process, 0) for process in tree)
 
 
-def measure(command: list, folder: Path, environment: dict) -> tuple[float, int]:
-    """Run a command; return its seconds from start to end, and the most memory that was seen, in bytes."""
+def run_watched(command: list, folder: Path, environment: dict) -> tuple[float, int]:
+    """Run a command. Return its seconds, and the peak of the memory of all its processes together, in bytes."""
     start, peak = time.perf_counter(), 0
     log = folder / "log.txt"
     with open(log, "w") as output:
@@ -90,7 +98,7 @@ def measure(command: list, folder: Path, environment: dict) -> tuple[float, int]
 
 
 def encode_alone(corpus: Path, barrier, results) -> None:
-    """Encode every text with encode_to_numpy, and nothing else, at the same time as the others."""
+    """Encode all texts with encode_to_numpy, at the same time as the other processes. Put the tokens per second."""
     encoding = tiktoken.get_encoding("gpt2")
     texts = pa.parquet.read_table(next(corpus.glob("*.parquet")))["text"].to_pylist() * 2
     barrier.wait()
@@ -100,7 +108,7 @@ def encode_alone(corpus: Path, barrier, results) -> None:
 
 
 def run_limit(folder: Path, corpus: Path, processes: int) -> dict:
-    """Return what tiktoken reaches in so many processes at once."""
+    """Return the tokens per second of tiktoken alone in this many processes."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     workers = [context.Process(target=encode_alone, args=(corpus, barrier, results)) for _ in range(processes)]
@@ -112,21 +120,23 @@ def run_limit(folder: Path, corpus: Path, processes: int) -> dict:
     return {"tokens_per_second": rate}
 
 
-def run_ours(folder: Path, corpus: Path, processes: int) -> dict:
-    flags = ["--source", corpus, "--out_dir", folder / "out", "--shard_tokens", SHARD_TOKENS, "--workers", processes]
-    seconds, peak = measure([sys.executable, ROOT / "fineweb.py", *flags], folder, {})
+def run_ours(folder: Path, corpus: Path, processes: int, shard_tokens: int) -> dict:
+    """Run fineweb.py with this many workers. Return its figures."""
+    flags = ["--source", corpus, "--out_dir", folder / "out", "--shard_tokens", shard_tokens, "--workers", processes]
+    seconds, peak = run_watched([sys.executable, ROOT / "fineweb.py", *flags], folder, {})
     return totals(folder / "out", seconds, peak)
 
 
 def run_peer(folder: Path, corpus: Path, processes: int) -> dict:
+    """Run build-nanogpt's fineweb.py with this many processes. Return its figures."""
     environment = {"PROCESSES": str(processes), "CORPUS": str(corpus), "CACHE": str(folder / "cache")}
     shutil.rmtree(folder / "edu_fineweb10B", ignore_errors=True)
-    seconds, peak = measure([sys.executable, folder / "fineweb.py"], folder, environment)
+    seconds, peak = run_watched([sys.executable, folder / "fineweb.py"], folder, environment)
     return totals(folder / "edu_fineweb10B", seconds, peak)
 
 
 def totals(out: Path, seconds: float, peak: int) -> dict:
-    """Return the figures of a run, and remove its shards."""
+    """Return the figures of a run, and delete its shards."""
     shards = sorted(out.glob("*.npy"), key=lambda path: path.name[-10:])
     stream = np.concatenate([np.load(shard) for shard in shards])  # (tokens,) uint16
     shutil.rmtree(out)
@@ -135,65 +145,60 @@ def totals(out: Path, seconds: float, peak: int) -> dict:
     return {"tokens_per_second": rate, "seconds": seconds, "peak_bytes": peak, "tokens": stream.size, "sha256": digest}
 
 
-def write_report(rows: list[dict], about: dict) -> None:
-    results = ROOT / "benchmarks" / "results"
-    (results / "data.json").write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
-    lines = ["# Documents to shards", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
-    lines += ["", "| program | processes that tokenize | tokens/s | share of tiktoken's limit | peak memory |"]
-    lines += ["|---|---|---|---|---|"]
-    limits = {row["processes"]: row["tokens_per_second"] for row in rows if row["program"] == "tiktoken alone"}
-    for row in rows:
-        share = row["tokens_per_second"] / limits[row["processes"]]
-        memory = f"{row['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in row else ""
-        rate = f"{row['tokens_per_second'] / 1e6:.2f} M"
-        lines.append(f"| {row['program']} | {row['processes']} | {rate} | {share:.0%} | {memory} |")
-    text = "\n".join(lines) + "\n"
-    (results / "data.md").write_text(text)
-    print(text)
-
-
-def main(source: Path, peer: Path, repetitions: int = 5, megabytes: int = 300) -> None:
-    """Measure, and write benchmarks/results/data.json and data.md.
-
-    Args:
-        source: folder of parquet files
-        peer: a checkout of build-nanogpt
-        repetitions: of each program and number of processes, in turn; the median counts
-        megabytes: of text
-    """
-    programs = {"tiktoken alone": run_limit, "build-nanogpt": run_peer, "fineweb.py": run_ours}
+def run_all(args):
+    """Return {(program, processes): figures of each run}. Raises UserError if the programs write different tokens."""
+    ours = functools.partial(run_ours, shard_tokens=args.shard_tokens)
+    programs = {"tiktoken alone": run_limit, "build-nanogpt": run_peer, "fineweb.py": ours}
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder, corpus = Path(temporary), Path(temporary, "corpus")
-        make_corpus(source, corpus, megabytes)
-        shutil.copy(peer / "fineweb.py", folder)
+        make_corpus(args.source, corpus, args.megabytes)
+        shutil.copy(args.peer / "fineweb.py", folder)
         (folder / "datasets.py").write_text(PEER_DATASETS)
-        run_peer(folder, corpus, 1)  # makes its Arrow files
-        for _ in range(repetitions):
-            for processes in (1, 2):
+        run_peer(folder, corpus, 1)  # creates its Arrow files
+        for _ in range(args.repetitions):
+            for processes in args.processes:
                 for name, program in programs.items():
                     figures.setdefault((name, processes), []).append(program(folder, corpus, processes))
-                    print(name, processes, figures[name, processes][-1], flush=True)
+                    rate = figures[name, processes][-1]["tokens_per_second"]
+                    print(f"{name}, {processes} processes: {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
     outputs = {(run["tokens"], run["sha256"]) for runs in figures.values() for run in runs if "sha256" in run}
-    assert len(outputs) == 1, f"not the same tokens: {outputs}"
-    rows = []
+    if len(outputs) > 1:
+        raise UserError(f"--peer {args.peer} writes other tokens than fineweb.py: {outputs}")
+    return figures
+
+
+def summarize(figures):
+    """Return a row for each program and number of processes."""
+    rows, limits = [], {}
     for (name, processes), runs in figures.items():
-        row = {"program": name, "processes": processes, "runs": runs}
-        rows.append(row | {"tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs)})
+        row = {"program": name, "processes": processes}
+        row["tokens_per_second"] = statistics.median(run["tokens_per_second"] for run in runs)
+        row["share"] = row["tokens_per_second"] / limits.setdefault(processes, row["tokens_per_second"])
         if "peak_bytes" in runs[0]:
-            rows[-1]["peak_bytes"] = max(run["peak_bytes"] for run in runs)
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("tiktoken", "numpy", "pyarrow", "datasets")]
-    cpu = next((line for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    about = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": f"{cpu.partition(': ')[2].strip()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
-        "corpus": f"{outputs.pop()[0]:,} tokens, {megabytes} MB of text, zstd parquet in row groups of 1,000",
-        "repetitions": f"{repetitions}, taking turns; medians, and the highest memory seen",
+            row["megabytes"] = max(run["peak_bytes"] for run in runs) / 1e6
+        rows.append(row | {"runs": runs})
+    return rows
+
+
+def main():
+    parser = make_parser(__doc__, repetitions=5)
+    parser.add_argument("--source", type=Path, required=True, help="a folder of parquet files")
+    parser.add_argument("--peer", type=Path, required=True, help="a checkout of build-nanogpt")
+    parser.add_argument("--megabytes", type=int, default=300, help="of text")
+    parser.add_argument("--shard_tokens", type=int, default=5_000_000, help="tokens of a shard of fineweb.py")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes that tokenize")
+    args = parse_flags(parser, "data")
+    require_checkouts(parser, peer=(args.peer, "fineweb.py"))
+    about = describe(("tiktoken", "numpy", "pyarrow", "datasets"))
+    rows = summarize(run_all(args))
+    tokens = rows[-1]["runs"][0]["tokens"]
+    about |= {
+        "corpus": f"{tokens:,} tokens, {args.megabytes} MB of text, zstd parquet in row groups of 1,000",
+        "runs": f"{args.repetitions}, alternating; medians, and the highest memory",
     }
-    write_report(rows, about)
+    write_report(args, "From documents to shards", about, rows, COLUMNS)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_main(main)

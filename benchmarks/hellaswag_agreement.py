@@ -1,38 +1,45 @@
 """
 Compare the log-likelihoods and choices of hellaswag.py, row by row, with implementations that share no code with it.
 
-    pip install "lm-eval[hf]==0.4.13"    (for this check alone; the project does not depend on it)
+    pip install "lm-eval[hf]==0.4.13"    (only for this check; the project does not depend on it)
     python benchmarks/hellaswag_agreement.py --model FOLDER --file hellaswag_val.jsonl
+    python benchmarks/hellaswag_agreement.py --model FOLDER --file hellaswag_val.jsonl --without_lm_eval
 
 The harness style is compared with lm-evaluation-harness: its hellaswag task, on a local file, and its own scoring of a
 Hugging Face model. The completion style and the model of train_gpt2.py are compared with a plain loop, which scores one
 ending at a time in fp32 without padding. Each comparison is made for the weights of FOLDER, for random weights of its
-shape, and for random weights with 80 positions, which require contexts to be cut. Prints a Markdown table and writes
-benchmarks/results/hellaswag_agreement.json.
+shape, and for random weights with 80 positions, which require contexts to be cut. Writes hellaswag_agreement.md and
+.json: see measure.py.
 """
 
-import argparse
+import importlib.util
 import json
 import os
 import shutil
-import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.nn.functional as F
 import transformers
+from measure import describe, make_parser, parse_flags, run_main, write_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hellaswag
 from support.checkpoints import load_tokenizer, newest_checkpoint, open_gpt2
 from train_gpt2 import GPT
 
+COLUMNS = {
+    "ours, compared with": ("comparison", ""), "rows": ("rows", ""), "rows cut or divided": ("rows_cut", ""),
+    "other choices: acc": ("differing_acc", ""), "acc_norm": ("differing_acc_norm", ""),
+    "largest difference of a log-likelihood, nats": ("max_difference", ".1e"),
+    "our acc": ("acc", ".4f"), "our acc_norm": ("acc_norm", ".4f"),
+    "their acc": ("their_acc", ".4f"), "their acc_norm": ("their_acc_norm", ".4f"),
+}  # fmt: skip
+
 
 def from_harness(folder, file, rows):
     """Return lm-eval's log-likelihoods (rows, 4), choices for acc and for acc_norm, and {metric: value}."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the rows are local; must be set before the import
     import lm_eval
 
     original = Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
@@ -84,7 +91,7 @@ def from_plain_loop(folder, rows, encode):
 
 
 def compare(name, answers, theirs):
-    """Compute one line of the table."""
+    """Return a row of the table."""
     logs, choices, choices_norm, scores = theirs
     answers = sorted(answers, key=lambda answer: answer.example.number)
     ours = -torch.tensor([answer.losses for answer in answers], dtype=torch.float64)
@@ -100,13 +107,14 @@ def compare(name, answers, theirs):
     }  # fmt: skip
 
 
-def comparisons(folder, file, rows, weights):
-    """Yield all comparisons of one model folder."""
+def comparisons(folder, file, rows, weights, with_lm_eval):
+    """Yield all comparisons of one model folder. weights: their name in the table."""
     model = open_gpt2(folder)
     encode, _ = load_tokenizer(str(folder), model.config.vocab_size)
     callables, positions = hellaswag.trunk_and_head(model.eval()), model.config.n_positions
-    harness = hellaswag.prepare(rows, encode, positions, "harness")
-    yield compare(f"{weights}: harness, lm-eval", hellaswag.ask(*callables, harness), from_harness(folder, file, rows))
+    if with_lm_eval:
+        harness, theirs = hellaswag.prepare(rows, encode, positions, "harness"), from_harness(folder, file, rows)
+        yield compare(f"{weights}: harness, lm-eval", hellaswag.ask(*callables, harness), theirs)
     completion, plain = hellaswag.prepare(rows, encode, positions), from_plain_loop(folder, rows, encode)
     yield compare(f"{weights}: completion, plain loop", hellaswag.ask(*callables, completion), plain)
     gpt = GPT.from_pretrained(str(folder)).eval()
@@ -127,29 +135,33 @@ def variants(folder, into):
         yield name, copy
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def parse_command_line():
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="a model folder or an output folder of train_gpt2.py")
-    parser.add_argument("--file", required=True, help="rows with every field of the official file")
-    parser.add_argument("--limit", type=int)
-    args = parser.parse_args()
+    parser.add_argument("--file", type=Path, required=True, help="rows with every field of the official file")
+    parser.add_argument("--limit", type=int, help="compare only this many rows, the first ones")
+    parser.add_argument("--without_lm_eval", action="store_true", help="compare only with the plain loop")
+    args = parse_flags(parser, "hellaswag_agreement")
+    if not args.without_lm_eval and importlib.util.find_spec("lm_eval") is None:
+        parser.error('lm-eval is not installed: pip install "lm-eval[hf]==0.4.13", or give --without_lm_eval')
+    return args
+
+
+def main():
+    args = parse_command_line()
+    about = describe(("torch", "transformers", *([] if args.without_lm_eval else ["lm_eval"])))
     rows, folder = hellaswag.load_rows(args.file, args.limit, "harness"), newest_checkpoint(args.model)
-    lines = []
+    lines, file, with_lm_eval = [], args.file.resolve(), not args.without_lm_eval
     with tempfile.TemporaryDirectory() as into:
         for weights, variant in variants(folder, into):
-            lines += comparisons(variant, Path(args.file).resolve(), rows, weights)
-    packages = {name: version(name) for name in ("lm_eval", "torch", "transformers")}
-    config = transformers.GPT2Config.from_pretrained(folder)
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
-    result = {"file": Path(args.file).name, "model": shape, "packages": packages, "comparisons": lines}
-    out = Path(__file__).parent / "results" / "hellaswag_agreement.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print("| ours, beside | rows | of them cut or divided | other choices: acc, acc_norm | largest difference of a "
-          "log-likelihood, nats | acc, acc_norm | theirs |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    for line in lines:
-        print("| {comparison} | {rows} | {rows_cut} | {differing_acc}, {differing_acc_norm} | {max_difference:.1e} | "
-              "{acc:.4f}, {acc_norm:.4f} | {their_acc:.4f}, {their_acc_norm:.4f} |".format(**line))  # fmt: skip
+            lines += comparisons(variant, file, rows, weights, with_lm_eval)
+    c = transformers.GPT2Config.from_pretrained(folder)
+    shape = (
+        f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, {c.n_positions} positions, {c.vocab_size:,} ids"
+    )
+    about |= {"file": file.name, "model": shape}
+    write_report(args, "HellaSwag compared with other implementations", about, lines, COLUMNS)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,21 +1,16 @@
 """
-Time HellaSwag against build-nanogpt's loop, alternately: the same rows, GPT-2 124M's shape, random weights.
+Measure the speed of HellaSwag compared with build-nanogpt's loop: the same rows, GPT-2 124M's shape, random weights.
 
     git clone https://github.com/karpathy/build-nanogpt PEER
     python benchmarks/hellaswag_speed.py --peer PEER --file hellaswag_val.jsonl --rows 60
 
 The peer's render_example is imported from its hellaswag.py. The loop around it is that of its evaluate(), with the
-counting and without the printing. Two pairs with the same weights are timed: Hugging Face's class, as each command
-opens it, and train_gpt2.GPT on both sides. Our time includes everything from text to counts, also tokenizing. Prints a
-Markdown table and writes benchmarks/results/hellaswag_speed.json, or hellaswag_speed_cuda.json. Run nothing else
-meanwhile.
+counting and without the printing. Two pairs with the same weights are timed, alternating: Hugging Face's class, as each
+command opens it, and train_gpt2.GPT on both sides. Our time includes everything from text to counts, also tokenizing.
+Writes hellaswag_speed.md and .json (on a GPU hellaswag_speed_cuda): see measure.py.
 """
 
-import argparse
 import importlib.util
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,12 +20,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from measure import describe, make_parser, parse_flags, require_checkouts, revision, run_main, write_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
 import hellaswag
 from support.checkpoints import open_gpt2
+from support.common import pick_device
 from train_gpt2 import GPT, GPTConfig
+
+COLUMNS = {
+    "model": ("model", ""), "build-nanogpt's loop, s": ("peer_seconds", ".2f"), "ours, s": ("our_seconds", ".2f"),
+    "ratio": ("ratio", ".2f"),
+}  # fmt: skip
 
 
 def load_peer(folder):
@@ -59,14 +60,15 @@ def peer_counts(render_example, logits_of, rows, device):
 
 
 def positions(rows, encode):
-    """Count the token positions that the peer's loop and ours compute, before the padding of our batches."""
+    """Describe the token positions that the peer's loop and ours compute, before the padding of our batches."""
     packs = [example.packs for example in hellaswag.prepare(rows, encode)]
     peer = sum(4 * (len(pack[0][0]) + max(map(len, pack[0][1]))) for pack in packs)
-    return {"rows": len(rows), "peer": peer, "ours": sum(hellaswag.width(pack) for pack in packs)}
+    ours = sum(hellaswag.width(pack) for pack in packs)
+    return f"{peer:,} by build-nanogpt's loop, {ours:,} by ours, for {len(rows):,} rows"
 
 
-def time_pair(name, peer, ours, repetitions, device):
-    """Run the two alternately. Return the medians of their seconds, and of the ratios of adjacent runs."""
+def time_pair(name, peer, ours, repetitions):
+    """Run the two alternately. Return a row: medians of their seconds, and of the ratios of adjacent runs."""
     seconds, counts = {"peer": [], "ours": []}, {}
     for _ in range(repetitions + 1):  # the first warms up
         for who, work in (("peer", peer), ("ours", ours)):
@@ -82,26 +84,40 @@ def time_pair(name, peer, ours, repetitions, device):
     }  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--peer", required=True, help="a checkout of build-nanogpt")
-    parser.add_argument("--file", required=True, help="HellaSwag's rows")
-    parser.add_argument("--rows", type=int, default=60, help="the number of rows, evenly spaced in the file")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch_tokens", type=int)
-    args = parser.parse_args()
-    device, every = args.device, hellaswag.load_rows(args.file)
-    rows = every[:: max(1, len(every) // args.rows)][: args.rows]
-    encode, render_example = fineweb.get_encoding("gpt2").encode_ordinary, load_peer(args.peer).render_example
+def make_models(n_layer, device):
+    """Return a random GPT with GPT-2 124M's shape, and its weights as each of the two commands opens them."""
     torch.manual_seed(0)
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: the peer's evaluate() turns it on, ours turns it off
-    gpt = GPT(GPTConfig()).to(device).eval()
-    with tempfile.TemporaryDirectory() as folder:  # each program opens the model in its own way
+    gpt = GPT(GPTConfig(n_layer=n_layer)).to(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
         gpt.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
-        opened = open_gpt2(folder).to(device).eval()
+        return gpt, theirs, open_gpt2(folder).to(device).eval()
+
+
+def parse_command_line():
+    parser = make_parser(__doc__, repetitions=5)
+    parser.add_argument("--peer", type=Path, required=True, help="a checkout of build-nanogpt")
+    parser.add_argument("--file", type=Path, required=True, help="HellaSwag's rows")
+    parser.add_argument("--rows", type=int, default=60, help="the number of rows, evenly spaced in the file")
+    parser.add_argument("--n_layer", type=int, default=12, help="fewer layers, for a trial run")
+    parser.add_argument("--device", default="cpu", help="auto, cuda, mps or cpu")
+    parser.add_argument("--batch_tokens", type=int, help="the most tokens of our batches (the default of hellaswag.py)")
+    args = parse_flags(parser, "hellaswag_speed")
+    require_checkouts(parser, peer=(args.peer, "hellaswag.py"))
+    args.device = pick_device(args.device)
+    if args.name == "hellaswag_speed" and args.device != "cpu":
+        args.name += f"_{args.device}"
+    return args
+
+
+def main():
+    args = parse_command_line()
+    about, device, every = describe(("torch", "transformers")), args.device, hellaswag.load_rows(args.file)
+    rows = every[:: max(1, len(every) // args.rows)][: args.rows]
+    encode, render_example = fineweb.get_encoding("gpt2").encode_ordinary, load_peer(args.peer).render_example
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: the peer's evaluate() turns it on, ours turns it off
+    gpt, theirs, opened = make_models(args.n_layer, device)
 
     def ours(trunk, head):
         return hellaswag.evaluate(trunk, head, encode, rows, device=device, batch_tokens=args.batch_tokens)
@@ -112,24 +128,18 @@ def main():
     ]
     timings = [
         time_pair(name, lambda logits_of=logits_of: peer_counts(render_example, logits_of, rows, device),
-                  lambda callables=callables: ours(*callables), args.repetitions, device)
+                  lambda callables=callables: ours(*callables), args.repetitions)
         for name, logits_of, callables in pairs
     ]  # fmt: skip
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    result = {
-        "what": "HellaSwag, GPT-2 124M's shape, random weights, fp32; seconds are medians of alternating runs",
-        "positions": positions(rows, encode), "positions_of_the_file": positions(every, encode), "timings": timings,
-        "machine": f"{machine}, {torch.get_num_threads()} threads", "load_average": os.getloadavg()[0],
-        "torch": torch.__version__, "transformers": transformers.__version__, "repetitions": args.repetitions,
-    }  # fmt: skip
-    name = "hellaswag_speed.json" if device == "cpu" else f"hellaswag_speed_{device}.json"
-    (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=2) + "\n")
-    for where in ("positions", "positions_of_the_file"):
-        print("{rows:,} rows: {peer:,} token positions by the peer, {ours:,} by ours".format(**result[where]))
-    print("\n| model | build-nanogpt's loop, s | ours, s | ratio |\n|---|---|---|---|")
-    for timing in timings:
-        print("| {model} | {peer_seconds:.2f} | {our_seconds:.2f} | {ratio:.2f} |".format(**timing))
+    about |= {
+        "peer": f"{args.peer.name} at {revision(args.peer)}",
+        "model": f"{args.n_layer} layers, GPT-2 124M's width, random weights, float32, on {device}",
+        "token positions": positions(rows, encode),
+        "token positions of the file": positions(every, encode),
+        "runs": f"{args.repetitions}, alternating; medians",
+    }
+    write_report(args, "The speed of HellaSwag", about, timings, COLUMNS)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

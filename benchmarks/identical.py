@@ -3,9 +3,9 @@ Show that a change of the code changes no result: the same small runs at a git r
 
     python benchmarks/identical.py --revision HEAD~1
 
-Each run trains a tiny model for a few steps on one CPU thread per process. Compared are the train, val, lr and norm
-lines of log.txt, and the sha256 of the last model.safetensors. The resumed run starts from a checkpoint of the older
-revision. Prints a table; exit code 1 if anything differs.
+Each run trains a tiny model for a few steps on one CPU thread per process. The train, val, lr and norm lines of log.txt
+are compared, and the sha256 of the last model.safetensors. A resumed run starts from a checkpoint of that revision.
+Prints a table as it runs. The exit code is 1 if a result differs.
 """
 
 import argparse
@@ -34,11 +34,12 @@ RUNS = {  # name: (processes, flags)
     "muon, --fsdp, bfloat16": (2, f"{SMALL} --fsdp --optimizer muon --dtype bfloat16"),
     "demo": (1, "--preset demo --max_steps 60 --eval_interval 30 --save_interval 30 --sample_interval 0"),
 }
+# name: the run that is continued from its checkpoint at step 10
 RESUMED = {"resumed: adamw": "adamw", "resumed: muon, two processes": "muon, two processes"}
 
 
 def run(tree, name, flags, processes, data, out_dir):
-    """Train in a checkout, and return what must not change: {file: sha256}."""
+    """Train in a checkout. Return what must not change: {name: the start of its sha256}."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -53,35 +54,43 @@ def run(tree, name, flags, processes, data, out_dir):
     return {key: hashlib.sha256(content).hexdigest()[:16] for key, content in contents.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--revision", default="HEAD", help="the git revision to compare the working tree with")
-    revision = parser.parse_args().revision
-    different = False
+def report(name, before, after):
+    """Print one line of the table. Return whether the two results are the same."""
+    same = before == after
+    print(name, *before.values(), "same" if same else "DIFFERENT", sep=" | ", flush=True)
+    return same
+
+
+def compare(tree, revision, runs, resumed):
+    """Do all runs at a git revision of the checkout `tree`, and in `tree` as it is. Return whether all are the same.
+
+    runs: see RUNS. resumed: see RESUMED.
+    """
+    same = True
     with tempfile.TemporaryDirectory() as folder:
         folder, before = Path(folder), Path(folder, "before")
-        subprocess.run(["git", "clone", "-q", ROOT, before], check=True)
+        subprocess.run(["git", "clone", "-q", tree, before], check=True)
         subprocess.run(["git", "checkout", "-q", revision], cwd=before, check=True)
         shards = f"fineweb.prepare('stdlib', {str(folder / 'data')!r}, 'bytes', 100_000, 400_000, 1)"
         subprocess.run([sys.executable, "-c", f"import fineweb; {shards}"], cwd=before, check=True)
-        for name, (processes, flags) in RUNS.items():
+        for name, (processes, flags) in runs.items():
             data = folder / ("demo" if name == "demo" else "data")
-            outs = [folder / side / name for side in ("old", "new")]
-            results = [run(tree, name, flags, processes, data, out) for tree, out in zip((before, ROOT), outs)]
-            different |= results[0] != results[1]
-            print(
-                name, *results[0].values(), "same" if results[0] == results[1] else "DIFFERENT", sep=" | ", flush=True
-            )
-        for name, original in RESUMED.items():
-            processes, flags = RUNS[original]
-            whole, half = folder / "old" / original, folder / "resumed" / name
-            shutil.copytree(whole, half)
-            shutil.rmtree(half / "checkpoints" / "step_000020")
-            expected = run(before, name, f"{flags} --resume", processes, folder / "data", whole)
-            found = run(ROOT, name, f"{flags} --resume", processes, folder / "data", half)
-            different |= expected != found
-            print(name, *expected.values(), "same" if expected == found else "DIFFERENT", sep=" | ", flush=True)
-    sys.exit(different)
+            outs = {before: folder / "old" / name, tree: folder / "new" / name}
+            same &= report(name, *(run(where, name, flags, processes, data, out) for where, out in outs.items()))
+        for name, original in resumed.items():
+            processes, flags = runs[original]
+            outs = {before: folder / "old" / original, tree: folder / "resumed" / name}
+            shutil.copytree(outs[before], outs[tree])
+            shutil.rmtree(max(outs[tree].glob("checkpoints/step_*")))  # the last one, so it resumes from the one before
+            flags, data = f"{flags} --resume", folder / "data"
+            same &= report(name, *(run(where, name, flags, processes, data, out) for where, out in outs.items()))
+    return same
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--revision", default="HEAD", help="the git revision to compare the working tree with")
+    sys.exit(not compare(ROOT, parser.parse_args().revision, RUNS, RESUMED))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """
-Speed of generating text with GPT-2 124M: sample.py's way beside build-nanogpt's loop and transformers' generate.
+Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt's loop and transformers' generate.
 
     git clone https://github.com/karpathy/build-nanogpt PEER
     python train_gpt2.py --preset demo
     python benchmarks/inference.py --peer PEER --trained demo/log --data demo/data
 
-All continue one prompt of 8 tokens by 512, drawn from the 50 likeliest, in turns in one process, with the same random
-weights. build-nanogpt's model is its own, and its loop the one of its train_gpt2.py, for one row. Ours runs in float32,
-as sample.py does, and for a quarter of the tokens compiled, in bfloat16 and with int8 weights (torchao). What a type of
-weights does to the validation loss is measured on --trained, a model folder or output folder, and the shards of --data.
-Writes benchmarks/results/inference_DEVICE.json, .md and .png. Leave the machine alone.
+All continue one prompt of 8 tokens by 512, sampled from the 50 most likely. They alternate in one process, with the
+same random weights. build-nanogpt's model is its own, and its loop is that of its train_gpt2.py, for one sequence. Ours
+runs in float32, as in sample.py; and for a quarter of the tokens compiled, in bfloat16, and with int8 weights
+(torchao). The effect of the weights' dtype on the validation loss is measured with --trained, a model folder or output
+folder, on the shards in --data. Writes inference_DEVICE.md, .json and .png: see measure.py.
 """
 
-import argparse
 import copy
 import statistics
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from measure import ROOT, describe, revision, write_report
+from measure import describe, make_parser, parse_flags, require_checkouts, revision, run_main, write_report
 
 import sample
 from support.checkpoints import newest_checkpoint
@@ -32,17 +31,17 @@ from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
 COLUMNS = {
-    "program": ("program", ""), "tok/s": ("tokens_per_second", ".1f"), "ms a token": ("milliseconds", ".1f"),
-    "times build-nanogpt": ("to_peer", ".2f"), "times transformers": ("to_transformers", ".2f"),
-    "of the floor": ("of_floor", ".0%"), "weights, MB": ("megabytes", ".0f"),
-    "validation loss": ("loss", ".4f"), "change": ("loss_change", "+.5f"),
+    "program": ("program", ""), "tok/s": ("tokens_per_second", ".1f"), "ms per token": ("milliseconds", ".1f"),
+    "speedup over build-nanogpt": ("to_peer", ".2f"), "over transformers": ("to_transformers", ".2f"),
+    "share of the limit": ("of_limit", ".0%"), "weights, MB": ("megabytes", ".0f"),
+    "validation loss": ("loss", ".4f"), "its change": ("loss_change", "+.5f"),
 }  # fmt: skip
 
 
 def load_peer(folder, gpt):
-    """build-nanogpt's own GPT, which stands above the rest of its script, with the weights of ours."""
+    """Return build-nanogpt's own GPT with the weights of ours. Its script defines the model before all else."""
     source = (folder / "train_gpt2.py").read_text().split("import tiktoken\n")[0]
-    source = source.replace("from hellaswag import", "# from hellaswag import")  # the model needs none of it
+    source = source.replace("from hellaswag import", "# from hellaswag import")  # the model does not need it
     peer = {"__name__": "peer"}
     exec(compile(source, folder / "train_gpt2.py", "exec"), peer)
     c = gpt.config
@@ -54,7 +53,7 @@ def load_peer(folder, gpt):
 
 @torch.no_grad()
 def peer_loop(model, ids, max_new_tokens, generator):
-    """What build-nanogpt does for its samples: the whole sequence again for every token, logits everywhere."""
+    """Sample like build-nanogpt: for every token, compute the whole sequence and all its logits again."""
     for _ in range(max_new_tokens):
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             logits, _ = model(ids)
@@ -65,28 +64,28 @@ def peer_loop(model, ids, max_new_tokens, generator):
 
 
 def hugging_face(gpt):
-    """The same weights as transformers opens them."""
+    """Return the same weights as transformers opens them."""
     with tempfile.TemporaryDirectory() as folder:
         gpt.save_pretrained(folder)
         return transformers.GPT2LMHeadModel.from_pretrained(folder).to(gpt.lm_head.weight.device).eval()
 
 
 def variants(gpt):
-    """{name: a copy of the model with weights of another type}, and the model itself."""
+    """Return {name: a copy of the model with weights of another dtype}, and the model itself as float32."""
     int8 = copy.deepcopy(gpt)
     sample.quantize(int8)
     return {"float32": gpt, "bfloat16": copy.deepcopy(gpt).bfloat16(), "int8": int8}
 
 
 def compiled(gpt):
-    """The model with its trunk and head compiled: once for a prompt, once for all further tokens, of any position."""
+    """Return the model with a compiled trunk and head: once for a prompt, and once for all other tokens."""
     gpt = copy.copy(gpt)  # shares the weights
     gpt.trunk, gpt.head = torch.compile(gpt.trunk, dynamic=True), torch.compile(gpt.head, dynamic=True)
     return gpt
 
 
 def megabytes(modules):
-    """What their weights take, tied ones once, of any type."""
+    """Return the size of the weights of modules, of any dtype, with tied weights counted once."""
 
     def size(tensor):
         inner = getattr(tensor, "__tensor_flatten__", None)
@@ -98,7 +97,7 @@ def megabytes(modules):
 
 @torch.no_grad()
 def validation_loss(gpt, loader, rows):
-    """Mean loss in nats per token over the first rows, from the model's logits as generating sees them."""
+    """Return the mean loss, in nats per token, over the first rows, from the same logits that generation uses."""
     losses = []
     for row in range(min(rows, loader.num_rows)):
         x, y = loader.rows([row])
@@ -107,7 +106,7 @@ def validation_loss(gpt, loader, rows):
 
 
 def read_rate(device, gigabytes=0.5):
-    """Bytes per second that the device reads of a large tensor, the fastest of ten times: no token comes faster."""
+    """Return the bytes per second at which the device reads a large tensor, the fastest of ten times."""
     tensor, seconds = torch.ones(int(gigabytes * 1e9 / 4), device=device), []
     for _ in range(10):
         start = time.perf_counter()
@@ -116,45 +115,43 @@ def read_rate(device, gigabytes=0.5):
     return tensor.nbytes / min(seconds)
 
 
-def floor(model, rate):
-    """Seconds that a token takes at least: all matrices are read, at this rate. Of the embeddings, only a row is."""
+def least_seconds(model, rate):
+    """Return the least seconds of a token: reading all matrices at this rate. Of an embedding, only one row is read."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return megabytes(module for module in model.modules() if isinstance(module, kinds)) * 1e6 / rate
 
 
 def draw(rows):
-    """Bars: tokens per second."""
+    """Draw bars: tokens per second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([row["program"] for row in rows], [row["tokens_per_second"] for row in rows])
     axes.bar_label(bars, fmt="%.1f", padding=4)
-    axes.set(xlabel="tokens per second, GPT-2 124M, one row")
+    axes.set(xlabel="tokens per second, GPT-2 124M, one sequence")
     axes.margins(x=0.1)
     axes.invert_yaxis()
     return figure
 
 
 def parse_command_line():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repetitions=3)
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of build-nanogpt")
-    parser.add_argument("--trained", required=True, help="a model to measure losses with")
+    parser.add_argument("--trained", required=True, help="a model whose losses are measured")
     parser.add_argument("--data", required=True, help="its token shards")
-    parser.add_argument("--rows", type=int, default=200, help="of the validation split")
+    parser.add_argument("--rows", type=int, default=200, help="sequences of the validation split")
     parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--n_layer", type=int, default=12, help="for a quick look")
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each, taking turns")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "benchmarks" / "results")
-    args = parser.parse_args()
-    args.device = pick_device("auto")
-    args.name, args.preset, args.source = f"inference_{args.device}", "gpt2", "random ids"
-    args.model_config = GPTConfig(n_layer=args.n_layer)
+    parser.add_argument("--n_layer", type=int, default=12, help="fewer layers, for a trial run")
+    device = pick_device("auto")
+    args = parse_flags(parser, f"inference_{device}")
+    require_checkouts(parser, peer=(args.peer, "train_gpt2.py"))
+    args.device = device
     return args
 
 
 def make_programs(args, gpt):
-    """{name: (model, function of a number of tokens and a generator)}; the first two are the peers, then sample.py."""
+    """Return {name: (model, function of a number of tokens and a generator)}: first the two peers, then sample.py."""
     ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
     peer, theirs = load_peer(args.peer, gpt), hugging_face(gpt)
 
@@ -174,9 +171,9 @@ def make_programs(args, gpt):
 
 
 def time_programs(programs, args):
-    """{name: milliseconds of a token in each repetition}, in turns."""
+    """Return {name: milliseconds of a token in each repetition}. The programs alternate."""
     milliseconds = {name: [] for name in programs}
-    for repetition in range(args.repetitions + 1):  # in the first, which compiles, as few tokens as will do
+    for repetition in range(args.repetitions + 1):  # the first compiles and is not timed, so it has few tokens
         for i, (name, (_, work)) in enumerate(programs.items()):
             tokens = (args.max_new_tokens if i < 3 else args.max_new_tokens // 4) if repetition else 4
             start = time.perf_counter()
@@ -188,39 +185,50 @@ def time_programs(programs, args):
     return milliseconds
 
 
-def main():
-    args = parse_command_line()
-    _, about = describe(args)
-    torch.manual_seed(0)
-    gpt = GPT(args.model_config).to(args.device).eval()
-    programs = make_programs(args, gpt)
-    milliseconds = time_programs(programs, args)
+def measure_losses(args):
+    """Return {dtype: validation loss} of the trained model, and the number of sequences."""
     trained = GPT.from_pretrained(newest_checkpoint(args.trained)).to(args.device).eval()
     loader = DataLoaderLite(args.data, "val", 1, trained.config.block_size, shuffle=False, device=args.device)
     losses = {name: validation_loss(model, loader, args.rows) for name, model in variants(trained).items()}
-    rate, rows = read_rate(args.device), []
-    peers = list(milliseconds)[:2]
+    return losses, min(args.rows, loader.num_rows)
+
+
+def summarize(programs, milliseconds, losses, rate):
+    """Return a row for each program. Only the first three generate equally many tokens, so only they have speedups."""
+    rows, peers = [], list(milliseconds)[:2]
     for name, (model, _) in programs.items():
-        kind = next((kind for kind in losses if name.startswith(f"sample.py, {kind}")), None)
-        row = {"program": name, "runs_ms": milliseconds[name], "megabytes": megabytes([model])}
-        row["milliseconds"] = statistics.median(milliseconds[name])
+        row = {"program": name, "milliseconds": statistics.median(milliseconds[name]), "megabytes": megabytes([model])}
         row["tokens_per_second"] = 1000 / row["milliseconds"]
-        for key, peer in zip(("to_peer", "to_transformers"), peers if len(rows) < 3 else ()):  # of as many tokens
+        for key, peer in zip(("to_peer", "to_transformers"), peers if len(rows) < 3 else ()):
             row[key] = statistics.median(a / b for a, b in zip(milliseconds[peer], milliseconds[name], strict=True))
-        row["of_floor"] = floor(model, rate) / (row["milliseconds"] / 1000)
-        if kind:
-            row |= {"loss": losses[kind], "loss_change": losses[kind] - losses["float32"]}
-        rows.append(row)
-    del about["peak"]
+        row["of_limit"] = least_seconds(model, rate) / (row["milliseconds"] / 1000)
+        dtype = next((dtype for dtype in losses if name.startswith(f"sample.py, {dtype}")), None)
+        if dtype:
+            row |= {"loss": losses[dtype], "loss_change": losses[dtype] - losses["float32"]}
+        rows.append(row | {"runs_ms": milliseconds[name]})
+    return rows
+
+
+def main():
+    args = parse_command_line()
+    about = describe(("torch", "transformers", "torchao"))
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
+    programs = make_programs(args, gpt)
+    milliseconds = time_programs(programs, args)
+    losses, sequences = measure_losses(args)
+    rate = read_rate(args.device)
+    rows = summarize(programs, milliseconds, losses, rate)
     about |= {
-        "peers": f"{args.peer} at {revision(args.peer)}, transformers {transformers.__version__}",
-        "runs": f"{args.repetitions} of {args.max_new_tokens} tokens after {PROMPT}, taking turns; medians. "
-                "What stands below sample.py's float32: a quarter of the tokens",
-        "floor": f"reading all matrices once a token at {rate / 1e9:.1f} GB/s, the fastest sum over a tensor of 0.5 GB",
-        "loss": f"of {args.trained} over {min(args.rows, loader.num_rows)} rows of {args.data}",
+        "peer": f"{args.peer.name} at {revision(args.peer)}",
+        "model": f"GPT-2 124M with {args.n_layer} layers, random weights",
+        "runs": f"{args.repetitions} of {args.max_new_tokens} tokens after {PROMPT}, alternating; medians. "
+                "The programs below sample.py's float32 generate a quarter of the tokens",
+        "limit": f"all matrices are read for each token, at {rate / 1e9:.1f} GB/s, the fastest sum over half a GB",
+        "validation loss": f"of {args.trained} over {sequences} sequences of {args.data}",
     }  # fmt: skip
     write_report(args, "Generating text", about, rows, COLUMNS, draw(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

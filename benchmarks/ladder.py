@@ -1,15 +1,17 @@
 """
-The lecture's ladder, from float32 to the command as it is: each rung adds one thing to the one before, in a process of
-its own, on the same real tokens from the same seed. Beside it stand the lecture's figures, for B=16, T=1024 on an A100.
+Measure the lecture's ladder of speed, from float32 to the command with its default flags.
+
+Each rung adds one change to the one before it. It runs in a process of its own, on the same real tokens, from the same
+seed. The report also shows the lecture's figures, which are for B=16, T=1024 on an A100.
 
     python benchmarks/ladder.py --micro_batch 16                       # a GPU, the lecture's shape
     python benchmarks/ladder.py --micro_batch 4 --seq_len 256          # a CPU
-    python benchmarks/ladder.py --profile                              # and where the time of the last rung goes
+    python benchmarks/ladder.py --profile                              # also profile the last rung
 
-The rungs before the last compute the loss from all logits at once, as the lecture does; before the vocabulary is padded
-it has 50,257 columns, and before clipping AdamW is as torch chooses it: a loop on a CPU, foreach on a GPU. Writes
-benchmarks/results/ladder_DEVICE_124m.json, .md and .png; --profile adds a table of the costliest kernels and, for
-chrome://tracing, trace_*.json.gz. Leave the machine alone.
+All rungs except the last compute the loss from all logits at once, as the lecture does. The vocabulary has 50,257
+columns until it is padded. Until clipping is added, AdamW is the variant that torch chooses: a loop on a CPU, foreach
+on a GPU. Writes ladder_DEVICE_124m.md, .json and .png: see measure.py. --profile also writes a table of the most
+expensive kernels and, for chrome://tracing, trace_*.json.gz.
 """
 
 import argparse
@@ -23,7 +25,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import ROOT, describe, make_shards, parse_flags, run_child, spread, timed, write_report
+from measure import (
+    ROOT,
+    describe_training,
+    make_parser,
+    make_shards,
+    parse_training_flags,
+    run_child,
+    run_main,
+    spread,
+    timed,
+    write_report,
+)
 
 from train_gpt2 import (
     GPT,
@@ -38,7 +51,7 @@ from train_gpt2 import (
 )
 
 FP32, TF32, BF16, COMPILED, FLASH, PADDED, CLIPPED, DEFAULT = range(8)
-RUNGS = {  # and the lecture's milliseconds
+RUNGS = {  # name: the lecture's milliseconds of a step
     "float32, explicit attention": 1000,
     "TF32": 333,
     "bfloat16 autocast": 300,
@@ -46,13 +59,13 @@ RUNGS = {  # and the lecture's milliseconds
     "flash attention": 96,
     "padded vocabulary": 93,
     "clipping, fused AdamW": 90,
-    "the command as it is": None,
+    "the command by default": None,
 }
 COLUMNS = {
     "rung": ("rung", ""), "step, ms": ("median", ".1f"), "p10": ("p10", ".1f"), "p90": ("p90", ".1f"),
-    "tok/s": ("tokens_per_second", ",.0f"), "gain": ("gain", ".2f"), "all gains": ("speedup", ".2f"),
+    "tok/s": ("tokens_per_second", ",.0f"), "gain": ("gain", ".2f"), "speedup": ("speedup", ".2f"),
     "lecture, A100: ms": ("lecture_ms", ""), "its gain": ("lecture_gain", ".2f"),
-    "all its gains": ("lecture_speedup", ".2f"), "first step, s": ("first_step_seconds", ".1f"),
+    "its speedup": ("lecture_speedup", ".2f"), "first step, s": ("first_step_seconds", ".1f"),
     "peak memory, GB": ("gigabytes", ".2f"), "loss": ("loss", ".4f"),
 }  # fmt: skip
 
@@ -64,7 +77,7 @@ class UnpaddedConfig(GPTConfig):
 
 
 class LectureGPT(torch.nn.Module):
-    """A GPT whose loss is the lecture's: over all columns, those of the padding too, from one tensor of logits."""
+    """A GPT with the lecture's loss: from one tensor of logits, over all columns, including those of the padding."""
 
     def __init__(self, gpt):
         super().__init__()
@@ -76,7 +89,7 @@ class LectureGPT(torch.nn.Module):
 
 
 def lecture_step(model, optimizers, scaler, loader, step, config, runtime):
-    """One update as it is in the lecture before clipping. Returns its loss."""
+    """Do one update as in the lecture before clipping. Return its loss."""
     x, y = loader.next_batch()
     (optimizer,) = optimizers
     for group in optimizer.param_groups:
@@ -90,7 +103,7 @@ def lecture_step(model, optimizers, scaler, loader, step, config, runtime):
 
 
 def build_rung(rung, args):
-    """The arguments of train_step, but the number of the step, for a rung: everything up to it is on, the rest off."""
+    """Return the arguments of train_step for a rung, except the step. All changes up to this rung are on."""
     torch.manual_seed(args.config.seed)
     config = replace(
         args.config, data_dir=str(args.data_dir), shuffle=False, micro_batch=args.micro_batch, seq_len=args.seq_len,
@@ -120,7 +133,7 @@ def build_rung(rung, args):
 
 
 def climb(rung, args):
-    """Train on a rung and print, in a line of JSON, what a step takes; with --profile, write where the time goes."""
+    """Train on a rung, and print the times of its steps as one line of JSON. With --profile, also write a profile."""
     model, optimizers, scaler, loader, config, runtime = build_rung(rung, args)
     update = train_step if rung >= CLIPPED else lecture_step
     milliseconds = []
@@ -128,7 +141,7 @@ def climb(rung, args):
         start = time.perf_counter()
         loss = update(model, optimizers, scaler, loader, step, config, runtime)
         milliseconds.append((time.perf_counter() - start) * 1000)
-    loss = loss[0] if rung >= CLIPPED else loss  # train_step returns the gradient's norm with it
+    loss = loss[0] if rung >= CLIPPED else loss  # train_step also returns the norm of the gradient
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
     print(json.dumps({"milliseconds": milliseconds, "loss": loss, "peak_bytes": peak}))
     if args.profile:
@@ -142,7 +155,7 @@ def climb(rung, args):
 
 
 def run_rung(rung, args, *more_flags):
-    """Climb a rung in a process of its own; return its figures."""
+    """Run `climb` in a process of its own. Return its figures."""
     flags = ["--rung", rung, "--data_dir", args.data_dir, "--preset", args.preset, "--micro_batch", args.micro_batch]
     flags += ["--seq_len", args.seq_len, "--steps", args.steps, "--out_dir", args.out_dir, "--name", args.name]
     lines, _, peak = run_child([sys.executable, Path(__file__).resolve(), *flags, *more_flags], ROOT)
@@ -151,7 +164,7 @@ def run_rung(rung, args, *more_flags):
 
 
 def summarize(figures, args):
-    """A row for each rung; a gain is over the rung before it that this machine has, a speedup over the first."""
+    """Return a row for each rung. A gain is over the rung before it that this machine has, a speedup over the first."""
     rows = [{"rung": name, "lecture_ms": milliseconds} for name, milliseconds in RUNGS.items()]
     for rung, runs in figures.items():
         row = rows[rung]
@@ -168,15 +181,15 @@ def summarize(figures, args):
 
 
 def draw(rows):
-    """How many times faster than the first rung each is: here, and in the lecture."""
+    """Draw the speedup of each rung over the first, here and in the lecture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("lecture_speedup", "the lecture's A100", "o--"), ("speedup", "here", "o-")):
+    for key, label, style in (("lecture_speedup", "the lecture, A100", "o--"), ("speedup", "here", "o-")):
         known = [row for row in rows if key in row]
         axes.plot([row[key] for row in known], [row["rung"] for row in known], style, label=label)
-    axes.set(xlabel="times as fast as the first rung", xlim=(0, None))
+    axes.set(xlabel="speedup over the first rung", xlim=(0, None))
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -184,14 +197,14 @@ def draw(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repetitions=3)
     parser.add_argument("--profile", action="store_true", help="write a trace and a table of kernels for the last rung")
     parser.add_argument("--rung", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--data_dir", type=Path, help=argparse.SUPPRESS)
-    args = parse_flags(parser, "ladder")
+    args = parse_training_flags(parser, "ladder")
     if args.rung is not None:
         return climb(args.rung, args)
-    _, about = describe(args)
+    _, about = describe_training(args)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         args.data_dir = Path(temporary, "data")
@@ -205,11 +218,11 @@ def main():
         rows = summarize(figures, args)
         about |= {
             "batch": f"{args.micro_batch} rows x {args.seq_len} tokens, one micro-step",
-            "runs": f"{args.repetitions} of {args.steps} steps, taking turns, each compiling anew",
+            "runs": f"{args.repetitions} of {args.steps} steps, alternating, each with an empty cache of compiled code",
             "times": "medians, without the first step, which compiles, and the last; a gain is over the rung before",
-            "n/a": "not on this machine, or not in the lecture",
+            "n/a": "not available on this machine, or not in the lecture",
             "peak memory": "allocated by torch" if args.device == "cuda" else "resident, of the largest process",
-            "loss": f"at update {args.steps}, on the same rows; padding ids take part in two rungs",
+            "loss": f"of update {args.steps}, on the same rows; two rungs include the padding's ids",
         }  # fmt: skip
         write_report(args, "The lecture's ladder", about, rows, COLUMNS, draw(rows))
         if args.profile:
@@ -217,4 +230,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,9 +1,15 @@
 """
-What peers.py and ladder.py share: their flags, real tokens, child processes that are timed, and reports.
+What the benchmarks share: common flags, real tokens, child processes that are timed, and reports.
 
-    python benchmarks/measure.py        what this machine can do: its name, and the rate of large matrix products
+Each benchmark prints a table and writes it to OUT_DIR/NAME.md, with all its numbers in OUT_DIR/NAME.json and for some a
+figure in OUT_DIR/NAME.png. The default of --out_dir is benchmarks/out/, which git ignores, so that a trial run never
+replaces a published result. The published results are in benchmarks/results/. To replace one, commit all changes, stop
+other programs on the machine, and run the benchmark with --out_dir benchmarks/results.
+
+Importing this file also makes the project's modules importable. Each benchmark imports it before them.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -12,78 +18,130 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+# Python finds modules in a script's own folder. The project's modules are in the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
-from support.common import pick_device
+from support.common import UserError, exit_on_error, pick_device
 from support.runlog import peak_flops
 from train_gpt2 import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-# rows, tokens of a row, encoding, and the most tokens that a run reads before it begins anew
-SHAPES = {"gpt2": (4, 1024, "gpt2", 1_400_000), "demo": (16, 128, "bytes", 5_000_000)}
+
+
+class Shape(NamedTuple):
+    """What a training benchmark does by default."""
+
+    micro_batch: int  # sequences
+    seq_len: int  # tokens of a sequence
+    encoding: str
+    most_tokens: int  # of a shard; a run that needs more reads it several times
+
+
+SHAPES = {"gpt2": Shape(4, 1024, "gpt2", 1_400_000), "demo": Shape(16, 128, "bytes", 5_000_000)}
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def make_parser(description, repetitions=None):
+    """Return an argparse parser with the flags that all benchmarks have.
+
+    repetitions: the default of --repetitions. None: there is no such flag, because nothing is timed.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repetitions:
+        parser.add_argument("--repetitions", type=int, default=repetitions, help="runs of each program, alternating")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "benchmarks" / "out", help="folder for the report")
+    parser.add_argument("--name", help="name of the report's files, without suffix")
+    return parser
 
 
 def parse_flags(parser, name):
-    """Add the flags that both programs have, and parse and check all. name: of the files, unless --name says more."""
-    data = Path(os.environ.get("GPT2_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--preset", choices=SHAPES, default="gpt2")
-    parser.add_argument("--source", help=f"text, as fineweb.py takes it (gpt2: {data}/fineweb; demo: stdlib)")
-    parser.add_argument("--micro_batch", type=int, help="rows of a micro-batch (gpt2: 4; demo: 16)")
-    parser.add_argument("--seq_len", type=int, help="tokens of a row (gpt2: 1024; demo: 128)")
-    parser.add_argument("--steps", type=int, default=20, help="updates of a run; the first and the last are not timed")
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each, taking turns")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--name", help="of the files to write (program, device and preset)")
+    """Parse and check the flags of make_parser. name: of the report's files, unless --name gives another."""
     args = parser.parse_args()
-    args.model_config, args.config = PRESETS[args.preset]
-    micro_batch, seq_len, args.encoding, args.most_tokens = SHAPES[args.preset]
-    args.source = args.source or ("stdlib" if args.preset == "demo" else str(data / "fineweb"))
-    args.micro_batch, args.seq_len = args.micro_batch or micro_batch, args.seq_len or seq_len
-    args.device, args.out_dir = pick_device("auto"), args.out_dir.resolve()
-    args.name = args.name or f"{name}_{args.device}_{'124m' if args.preset == 'gpt2' else args.preset}"
-    if min(args.micro_batch, args.seq_len, args.repetitions) < 1:
-        parser.error("--micro_batch, --seq_len and --repetitions must be above 0")
-    if args.seq_len > args.model_config.block_size:
-        parser.error(f"--seq_len {args.seq_len} is more than the model reads: give {args.model_config.block_size}")
-    if args.steps < 3:
-        parser.error(f"--steps {args.steps}: give 3 or more, for the first and the last are not timed")
+    if getattr(args, "repetitions", 1) < 1:
+        parser.error(f"--repetitions {args.repetitions}: give 1 or more")
+    args.name, args.out_dir = args.name or name, args.out_dir.resolve()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
 
 
-def make_shards(folder, args, batches):
-    """Write two shards of real text, to validate and to train on, each of a whole number of micro-batches and a token.
+def require_checkouts(parser, **scripts):
+    """End the program if a folder that a flag names does not contain its script. scripts: {flag: (folder, script)}."""
+    for flag, (folder, script) in scripts.items():
+        if folder and not (folder / script).exists():
+            parser.error(f"--{flag} {folder} has no {script}: give the folder of a checkout")
 
-    So build-nanogpt's loader, which drops what is left of a shard, and ours, which does not, read the same rows in
-    every epoch. batches: micro-batches that a run reads, of which there are fewer where the text is short.
+
+def parse_training_flags(parser, name):
+    """Add the flags of the training benchmarks (peers.py, ladder.py), then parse and check all flags."""
+    data = Path(os.environ.get("GPT2_DATA", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--preset", choices=SHAPES, default="gpt2")
+    parser.add_argument("--source", help="text, as fineweb.py takes it (gpt2: $GPT2_DATA/fineweb; demo: stdlib)")
+    parser.add_argument("--micro_batch", type=int, help="sequences of a micro-batch (gpt2: 4; demo: 16)")
+    parser.add_argument("--seq_len", type=int, help="tokens of a sequence (gpt2: 1024; demo: 128)")
+    parser.add_argument("--steps", type=int, default=20, help="updates of a run; the first and the last are not timed")
+    args = parse_flags(parser, name)
+    args.model_config, args.config = PRESETS[args.preset]
+    shape = SHAPES[args.preset]
+    args.source = args.source or ("stdlib" if args.preset == "demo" else os.path.relpath(data / "fineweb"))
+    args.micro_batch, args.seq_len = args.micro_batch or shape.micro_batch, args.seq_len or shape.seq_len
+    args.device = pick_device("auto")
+    if args.name == name:
+        args.name = f"{name}_{args.device}_{'124m' if args.preset == 'gpt2' else args.preset}"
+    if min(args.micro_batch, args.seq_len) < 1:
+        parser.error("--micro_batch and --seq_len must be 1 or more")
+    if args.seq_len > args.model_config.block_size:
+        parser.error(f"--seq_len {args.seq_len} is more than the model can read: give {args.model_config.block_size}")
+    if args.steps < 3:
+        parser.error(f"--steps {args.steps}: give 3 or more, because the first and the last are not timed")
+    return args
+
+
+def run_main(main):
+    """Run a benchmark's main function. A user error ends it with one line on stderr and exit code 2."""
+    with exit_on_error():
+        main()
+
+
+# --- tokens and child processes ---------------------------------------------------------------------------------------
+
+
+def make_shards(folder, args, batches):
+    """Write two shards of real text, one for validation and one for training, each of whole micro-batches and a token.
+
+    build-nanogpt's loader drops the end of a shard and ours does not. With these shards, both read the same sequences
+    in every epoch. batches: the micro-batches that a run reads. A shorter text gives shards with fewer of them.
+    Raises UserError if there is too little text.
     """
-    batch = args.micro_batch * args.seq_len
-    tokens = batch * max(1, min(batches, args.most_tokens // batch)) + 1
-    flags = ["--source", args.source, "--encoding", args.encoding, "--out_dir", folder]
+    batch, shape = args.micro_batch * args.seq_len, SHAPES[args.preset]
+    tokens = batch * max(1, min(batches, shape.most_tokens // batch)) + 1
+    flags = ["--source", args.source, "--encoding", shape.encoding, "--out_dir", folder]
     flags += ["--shard_tokens", tokens, "--max_tokens", 2 * tokens]
     done = subprocess.run([sys.executable, ROOT / "fineweb.py", *map(str, flags)])
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)  # it has printed why
     if fineweb.read_manifest(folder)["tokens"] < 2 * tokens:
-        print(f"error: --source {args.source} has less than {2 * tokens:,} tokens: name more text", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"--source {args.source} has less than {2 * tokens:,} tokens: give more text")
 
 
 class Line(NamedTuple):
-    """A line of a child's output, and what there was when it came."""
+    """A line of a child's output, and the state of the child when it came."""
 
     text: str
     seconds: float  # since the start
-    peak_bytes: int  # most resident memory so far, 0 where the system does not say
+    peak_bytes: int  # the most resident memory so far, 0 if the system does not tell
 
 
 def resident_peak(process):
-    """The most memory that a process has held, in bytes; 0 if it has ended, or outside of Linux."""
+    """Return the most memory that a process has held, in bytes; 0 if it has ended, or on systems other than Linux."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -92,10 +150,10 @@ def resident_peak(process):
 
 
 def run_child(command, folder):
-    """Run a command in a folder: (its lines of output, seconds, peak bytes of the largest of its processes).
+    """Run a command in a folder. Return its lines of output, its seconds, and the peak bytes of its largest process.
 
-    Linux hands the parent's peak on as the least that a child can have, so whoever calls this stays small. The folder
-    of compiled code is new and empty: each run compiles what a first run has to, but for the compiler's headers.
+    The cache of compiled code is a new folder, so that each run compiles what a first run must compile (except the
+    compiler's headers). On Linux a child's peak is at least its parent's, so the calling process must stay small.
     """
     command = [*map(str, command)]
     with tempfile.TemporaryDirectory() as cache:
@@ -114,17 +172,31 @@ def run_child(command, folder):
 
 
 def timed(milliseconds):
-    """The steps that count: not the first and the last, nor those that build-nanogpt evaluates and samples in."""
+    """Return the steps that count: not the first, not the last, and not those in which build-nanogpt evaluates."""
     return [ms for step, ms in enumerate(milliseconds[:-1]) if step % 250]
 
 
 def spread(values):
-    """Median, p10 and p90."""
+    """Return {"median", "p10", "p90"}."""
     return dict(zip(("median", "p10", "p90"), np.percentile(values, [50, 10, 90]).tolist()))
 
 
+# --- what a result needs to be judged and repeated --------------------------------------------------------------------
+
+
+def machine_name():
+    """Return the name of the GPU or CPU, the cores and the threads."""
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    elif info.exists():
+        models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}"
+
+
 def matmul_rate(device, dtype):
-    """FLOP/s of the fastest of twenty large matrix products."""
+    """Return the FLOP/s of the fastest of twenty large matrix products."""
     n, products = (8192, 10) if device == "cuda" else (2048, 1)
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     seconds = []
@@ -137,64 +209,76 @@ def matmul_rate(device, dtype):
     return 2 * n**3 * products / min(seconds)
 
 
-def limits():
-    """What this machine is and can do: found out in a process of its own, which holds no memory afterwards."""
+def measure_machine():
+    """Return what describe_training needs to know about the machine: plain values."""
     device = pick_device("auto")
-    torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))  # leaves the headers, precompiled, to all later runs
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif info.exists():
-        models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0] if models else name
+    torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))  # precompiles the headers for all later runs
     rates = {str(dtype): matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    machine = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}"
-    return {"machine": machine, "matmul_flops": rates, "datasheet_flops": peak_flops(torch.device(device))}
+    return {"machine": machine_name(), "matmul_flops": rates, "datasheet_flops": peak_flops(torch.device(device))}
 
 
 def revision(folder):
-    """The commit of a checkout, and whether it has been changed since."""
+    """Return the commit of a checkout, with -dirty if its files have changed since."""
     command = ["git", "-C", folder, "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def describe(args):
-    """What a result needs to be judged and repeated: command, machine, versions, revision, shape; all as text."""
-    found = json.loads(subprocess.run([sys.executable, __file__], capture_output=True, check=True, text=True).stdout)
-    peak, origin = found["datasheet_flops"], "its datasheet"
-    if not peak:
-        peak, origin = max((rate, dtype) for dtype, rate in found["matmul_flops"].items())
-        origin = f"the fastest {origin} product of matrices, measured before"
-    c = args.model_config
-    about = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": found["machine"] + f", load average {os.getloadavg()[0]:.2f} before",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
+def describe(packages=("torch", "numpy"), machine=None):
+    """Return the head of a report: command, machine, versions of the packages, and revision, all as text."""
+    return {
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "machine": f"{machine or machine_name()}, load average {os.getloadavg()[0]:.2f} before",
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
         "revision": revision(ROOT),
-        "model": f"{args.preset}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, {c.vocab_size:,} ids",
-        "text": args.source,
-        "peak": f"{peak / 1e12:.2f} TFLOP/s, {origin}",
     }
-    return peak, about
 
 
-def write_report(args, title, about, rows, columns, figure):
-    """Print a table, and write NAME.json, NAME.md and NAME.png.
+def describe_training(args):
+    """Return the peak FLOP/s of the machine, and the head of the report of a training benchmark."""
+    # in a process of its own, which holds no memory afterwards
+    found = json.loads(subprocess.run([sys.executable, __file__], capture_output=True, check=True, text=True).stdout)
+    peak, origin = found["datasheet_flops"], "from its data sheet"
+    if not peak:
+        peak, dtype = max((rate, dtype) for dtype, rate in found["matmul_flops"].items())
+        origin = f"of the fastest {dtype} matrix product, measured before the runs"
+    c = args.model_config
+    model = f"{args.preset}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, {c.vocab_size:,} ids"
+    about = describe(machine=found["machine"]) | {"model": model, "text": args.source}
+    return peak, about | {"peak": f"{peak / 1e12:.2f} TFLOP/s, {origin}"}
 
-    about: facts for the head. columns: {head: (key of a row, its format)}; what a row lacks is n/a.
-    """
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def markdown(title, about, rows, columns):
+    """Return a report as text: the title, the facts in `about` as a list, and the rows as a table."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (format(row[key], form) if row.get(key) is not None else "n/a" for key, form in columns.values())
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def compact_json(about, rows):
+    """Return {**about, "rows": rows} as JSON with one line per fact and per row."""
+    facts = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in about.items()]
+    lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    return "{\n" + ",\n".join([*facts, f'"rows": [\n  {lines}\n]']) + "\n}\n"
+
+
+def write_report(args, title, about, rows, columns, figure=None):
+    """Print a table, and write NAME.md, NAME.json and, if there is a figure, NAME.png.
+
+    about: {name: fact} for the head. columns: {heading: (key of a row, its format)}; a value that a row lacks is n/a.
+    """
+    text = markdown(title, about, rows, columns)
     print(text)
     (args.out_dir / f"{args.name}.md").write_text(text)
-    (args.out_dir / f"{args.name}.json").write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
-    figure.savefig(args.out_dir / f"{args.name}.png", dpi=120)
+    (args.out_dir / f"{args.name}.json").write_text(compact_json(about, rows))
+    if figure:
+        figure.savefig(args.out_dir / f"{args.name}.png", dpi=120)
 
 
 if __name__ == "__main__":
-    print(json.dumps(limits()))
+    print(json.dumps(measure_machine()))

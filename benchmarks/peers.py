@@ -1,18 +1,18 @@
 """
-The speed of training, beside build-nanogpt's and nanoGPT's: whole programs on the same text, batch and model, in turns.
+Compare the speed of training with build-nanogpt and nanoGPT: whole programs, with the same text, batch and model.
 
     git clone https://github.com/karpathy/build-nanogpt PEER
     python benchmarks/peers.py --peer PEER --ours "--compile off"
-    python benchmarks/peers.py --peer PEER --preset demo --steps 1700           # compilation counted in
+    python benchmarks/peers.py --peer PEER --preset demo --steps 1700           # long enough to include compilation
     python benchmarks/peers.py --peer PEER --micro_batch 64 --total_batch_tokens 524288       # a GPU, the lecture's run
 
-build-nanogpt runs as it is, and with use_compile = True. Only constants are set in it: shape, steps and schedule, one
-validation batch, and neither HellaSwag nor samples, which are no part of a training step. Ours runs as a user starts it
-and once more for each --ours; nanoGPT, if given, compiles and on a CPU trains in float32, as it is made. Writes
-benchmarks/results/peers_DEVICE_124m.json, .md and .png. Leave the machine alone.
+build-nanogpt runs as it is published, and again with use_compile = True. Only constants are set in it: shape, steps and
+schedule, one validation batch, and neither HellaSwag nor samples, because they are not part of a training step. Our
+program runs with its default flags, and again for each --ours. nanoGPT, if given, runs with its own defaults: it
+compiles, and on a CPU it trains in float32. The programs alternate. Writes peers_DEVICE_124m.md, .json and .png: see
+measure.py.
 """
 
-import argparse
 import re
 import shlex
 import shutil
@@ -22,11 +22,25 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, describe, make_shards, parse_flags, revision, run_child, spread, timed, write_report
+from measure import (
+    ROOT,
+    describe_training,
+    make_parser,
+    make_shards,
+    parse_training_flags,
+    require_checkouts,
+    revision,
+    run_child,
+    run_main,
+    spread,
+    timed,
+    write_report,
+)
 
+from support.common import UserError
 from support.runlog import flops_per_token
 
-# Runs a script as python does, and says at its end what it took of a GPU's memory.
+# Runs a script as python does, and at its end prints the peak of the GPU's memory.
 WRAPPER = """
 import atexit, os, runpy, sys
 def report():
@@ -38,28 +52,29 @@ sys.argv.pop(0)
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# a step's line, ours, build-nanogpt's or nanoGPT's: number, loss, milliseconds
+# the line of a step in the output of each of the three programs: number, loss, milliseconds
 STEP = re.compile(r"(?:step|iter)\s+(\d+)\b.*?loss:? (nan|[\d.]+).*?(?:dt:|time) ([\d.]+)ms")
 COLUMNS = {
     "program": ("program", ""), "step, ms": ("median", ".1f"), "p10": ("p10", ".1f"), "p90": ("p90", ".1f"),
-    "tok/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"), "speed of a step": ("step_speedup", ".2f"),
-    "memory of training, GB": ("training_gigabytes", ".2f"), "of the program": ("program_gigabytes", ".2f"),
-    "to the first step's end, s": ("first_step_seconds", ".1f"),
-    "whole program, s": ("seconds", ".1f"), "speed of the program": ("program_speedup", ".2f"), "loss": ("loss", ".4f"),
+    "tok/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"), "speedup of a step": ("step_speedup", ".2f"),
+    "memory of training, GB": ("training_gigabytes", ".2f"), "of the program, GB": ("program_gigabytes", ".2f"),
+    "until the first step ends, s": ("first_step_seconds", ".1f"), "whole program, s": ("seconds", ".1f"),
+    "speedup of the program": ("program_speedup", ".2f"), "loss": ("loss", ".4f"),
 }  # fmt: skip
+KEPT_LOSSES = 10  # of each run, in the JSON file: enough to see that two programs train in the same way
 
 
 def substitute(text, replacements, origin):
-    """Replace strings, each of which must occur exactly once."""
+    """Replace strings in a text. Raises UserError if one of them does not occur exactly once."""
     for old, new in replacements.items():
-        if text.count(old) != 1:
-            sys.exit(f"error: {origin} has {text.count(old)} times {old!r}: name the checkout that this is for")
+        if (times := text.count(old)) != 1:
+            raise UserError(f"{origin} contains {old!r} {times} times, not once: give an unchanged checkout")
         text = text.replace(old, new)
     return text
 
 
 def make_peer(folder, args, data, use_compile):
-    """A copy of build-nanogpt with our constants, beside its data. Returns the command to run there."""
+    """Write a copy of build-nanogpt with our constants next to its data. Return the command that runs it."""
     c = args.model_config
     shape = f"block_size={c.block_size}, vocab_size={c.padded_vocab_size}, "
     shape += f"n_layer={c.n_layer}, n_head={c.n_head}, n_embd={c.n_embd}"
@@ -84,7 +99,7 @@ def make_peer(folder, args, data, use_compile):
 
 
 def make_nanogpt(folder, args, data):
-    """A copy of nanoGPT, beside the same tokens in its own format. Returns the command to run there."""
+    """Write a copy of nanoGPT next to the same tokens in its own format. Return the command that runs it."""
     for name in ("train.py", "model.py", "configurator.py"):
         (folder / "data" / "text").mkdir(parents=True, exist_ok=True)
         shutil.copy(args.nanogpt / name, folder)
@@ -100,12 +115,12 @@ def make_nanogpt(folder, args, data):
         "warmup_iters": args.warmup_steps, "lr_decay_iters": args.steps, "eval_iters": 1, "eval_interval": 10**9,
     }  # fmt: skip
     if args.device == "cpu":
-        flags["dtype"] = "float32"  # its own choice, float16, makes no difference there but a warning
+        flags["dtype"] = "float32"  # its default, float16, has no effect there except a warning
     return [folder / "train.py", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def our_command(folder, args, data, more_flags):
-    """Our command, with the recipe, evaluations and batch order of build-nanogpt."""
+    """Return our command, with the recipe, the evaluations and the order of batches of build-nanogpt."""
     flags = {
         "preset": args.preset, "data_dir": data, "out_dir": folder / "ours", "micro_batch": args.micro_batch,
         "seq_len": args.seq_len, "total_batch_tokens": args.total_batch_tokens, "max_steps": args.steps,
@@ -118,7 +133,7 @@ def our_command(folder, args, data, more_flags):
 
 
 def make_contestants(folder, args, data):
-    """{name: command}; the first is what the others are compared to."""
+    """Return {name: command}. The others are compared with the first."""
     contestants = {
         "build-nanogpt": make_peer(folder / "peer", args, data, False),
         "build-nanogpt, use_compile": make_peer(folder / "peer_compiled", args, data, True),
@@ -131,24 +146,24 @@ def make_contestants(folder, args, data):
 
 
 def run_once(name, command, args):
-    """Run a contestant in the folder of its script; return its figures."""
+    """Run a contestant in the folder of its script. Return its figures."""
     lines, seconds, peak = run_child([sys.executable, "-c", WRAPPER, *command], command[0].parent)
     steps = [(line, match) for line in lines if (match := STEP.match(line.text))]
     if [int(match[1]) for _, match in steps] != [*range(args.steps)]:
-        sys.exit(f"error: {name} has not printed steps 0 to {args.steps - 1}: {''.join(line.text for line in lines)}")
+        sys.exit(f"error: {name} did not print steps 0 to {args.steps - 1}: {''.join(line.text for line in lines)}")
     losses, milliseconds = [float(match[2]) for _, match in steps], [float(match[3]) for _, match in steps]
     on_gpu = [int(line.text.split()[-1]) for line in lines if line.text.startswith("peak bytes:")]
     median = statistics.median(timed(milliseconds))
     return {
         "median_ms": median, "timed_ms": timed(milliseconds), "first_step_seconds": steps[0][0].seconds,
-        "seconds": seconds, "losses": losses, "loss": losses[-1],
+        "seconds": seconds, "first_losses": losses[:KEPT_LOSSES], "loss": losses[-1],
         "training_gigabytes": (on_gpu[0] if on_gpu else steps[-2][0].peak_bytes or peak) / 1e9,
         "program_gigabytes": peak / 1e9,
     }  # fmt: skip
 
 
 def summarize(name, runs, first_runs, args, peak_flops):
-    """The figures of a contestant's runs; ratios are to the first contestant's run of the same turn."""
+    """Return the row of a contestant. A speedup compares a run with the first contestant's run next to it."""
     row = {"program": name} | spread([ms for run in runs for ms in run["timed_ms"]])
     row["tokens_per_second"] = args.total_batch_tokens / row["median"] * 1000
     row["mfu"] = flops_per_token(args.model_config, args.seq_len) * row["tokens_per_second"] / peak_flops
@@ -162,7 +177,7 @@ def summarize(name, runs, first_runs, args, peak_flops):
 
 
 def draw(rows):
-    """Bars: milliseconds of a step, with p10 to p90, and seconds of a program, up to the first step's end and after."""
+    """Draw bars: milliseconds of a step, and seconds of a program until its first step ends and afterwards."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 1.5 + 0.5 * len(rows)), layout="constrained")
@@ -172,8 +187,8 @@ def draw(rows):
     step.barh(names, medians, xerr=[medians - p10, p90 - medians], capsize=4)
     step.set(xlabel="milliseconds of a step, median, p10 to p90")
     first = np.array([row["first_step_seconds"] for row in rows])
-    program.barh(names, first, label="up to the first step's end")
-    program.barh(names, [row["seconds"] for row in rows] - first, left=first, label="after it")
+    program.barh(names, first, label="until the first step ends")
+    program.barh(names, [row["seconds"] for row in rows] - first, left=first, label="afterwards")
     program.set(xlabel="seconds of the whole program")
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
     step.invert_yaxis()
@@ -181,26 +196,44 @@ def draw(rows):
 
 
 def parse_command_line():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repetitions=3)
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of build-nanogpt")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--ours", action="append", default=[], help='flags of one more run of ours: "--compile off"')
+    parser.add_argument("--ours", action="append", default=[], help='flags of another run of ours: "--compile off"')
     parser.add_argument("--total_batch_tokens", type=int, help="tokens of an update (one micro-batch)")
-    args = parse_flags(parser, "peers")
-    for name, folder, script in (("peer", args.peer, "train_gpt2.py"), ("nanogpt", args.nanogpt, "train.py")):
-        if folder and not (folder / script).exists():
-            parser.error(f"--{name} {folder} holds no {script}: name a checkout")
+    args = parse_training_flags(parser, "peers")
+    require_checkouts(parser, peer=(args.peer, "train_gpt2.py"), nanogpt=(args.nanogpt, "train.py"))
     batch = args.micro_batch * args.seq_len
     args.total_batch_tokens = args.total_batch_tokens or batch
     if args.total_batch_tokens % batch:
-        parser.error(f"--total_batch_tokens {args.total_batch_tokens} is not a multiple of a micro-batch's {batch}")
+        parser.error(f"--total_batch_tokens {args.total_batch_tokens} is not a multiple of a micro-batch, {batch}")
     args.warmup_steps = min(args.config.warmup_steps, args.steps // 2)
     return args
 
 
+def facts(args):
+    """Return what the head of the report says about the runs."""
+    where = "allocated on the GPU" if args.device == "cuda" else "resident until the step before the last"
+    per_token = flops_per_token(args.model_config, args.seq_len)
+    micro_steps = args.total_batch_tokens // (args.micro_batch * args.seq_len)
+    layout = f"{args.micro_batch} rows x {args.seq_len} tokens x {micro_steps} micro-steps"
+    return {
+        "peers": ", ".join(f"{path.name} at {revision(path)}" for path in (args.peer, args.nanogpt) if path),
+        "batch": f"{args.total_batch_tokens} tokens = {layout}",
+        "runs": f"{args.repetitions} of {args.steps} steps, alternating, each with an empty cache of compiled code",
+        "times": "printed by the programs; medians, without the steps in which build-nanogpt evaluates (0, each 250th, "
+                 "the last)",
+        "speedup": "over the run of build-nanogpt next to it; medians",
+        "MFU": f"FLOPs of a token x tok/s / peak; FLOPs = 6 (12 L C^2 + V C) + 12 L C T = {per_token:,}",
+        "memory": f"peaks: of training, {where}; of the program, resident, including the save of its last step",
+        "dtypes": "build-nanogpt bfloat16 autocast; nanoGPT float32 on a CPU; ours bfloat16 if the hardware has it",
+        "loss": f"of update {args.steps}; on the same rows, except for nanoGPT, which draws its own",
+    }  # fmt: skip
+
+
 def main():
     args = parse_command_line()
-    peak_flops, about = describe(args)
+    peak_flops, about = describe_training(args)
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
@@ -212,22 +245,8 @@ def main():
                 print("{}: {median_ms:.1f} ms".format(name, **figures[name][-1]), file=sys.stderr, flush=True)
     first_runs = figures["build-nanogpt"]
     rows = [summarize(name, runs, first_runs, args, peak_flops) for name, runs in figures.items()]
-    where = "allocated on the GPU" if args.device == "cuda" else "resident until the last step but one"
-    per_token = flops_per_token(args.model_config, args.seq_len)
-    about |= {
-        "peers": ", ".join(f"{path} at {revision(path)}" for path in (args.peer, args.nanogpt) if path),
-        "batch": f"{args.total_batch_tokens} tokens = {args.micro_batch} rows x {args.seq_len} tokens x "
-                 f"{args.total_batch_tokens // (args.micro_batch * args.seq_len)} micro-steps",
-        "runs": f"{args.repetitions} of {args.steps} steps, taking turns, each with an empty cache of compiled code",
-        "times": "the programs' own, medians; without steps that build-nanogpt evaluates in (0, the last, each 250th)",
-        "speed": "times build-nanogpt's, in the same turn; medians",
-        "MFU": f"FLOPs of a token x tok/s / peak; FLOPs = 6 (12 L C^2 + V C) + 12 L C T = {per_token:,}",
-        "memory": f"peaks: of training, {where}; of the program, resident, with what saving its last step takes",
-        "types": "build-nanogpt bfloat16 autocast; nanoGPT float32 on a CPU; ours bfloat16 where it is native",
-        "loss": f"at update {args.steps}, on the same rows for all but nanoGPT, which draws its own",
-    }  # fmt: skip
-    write_report(args, "Training beside build-nanogpt", about, rows, COLUMNS, draw(rows))
+    write_report(args, "Training compared with build-nanogpt", about | facts(args), rows, COLUMNS, draw(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

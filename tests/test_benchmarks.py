@@ -1,43 +1,241 @@
-"""The benchmarks at a tiny size: they run to their end, and what they write makes sense. Minutes, so slow."""
+"""The benchmarks at a tiny size: each runs to its end, and what it writes is consistent.
+
+If GPT2_PEER names a checkout of build-nanogpt, the benchmarks measure it. Otherwise a short script takes its place.
+"""
 
 import gzip
 import json
 import math
 import os
-import sys
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import data
+import hellaswag_agreement
+import hellaswag_speed
+import identical
+import inference
+import measure
+import numpy as np
+import peers
 import pytest
+import recipes
+import saving
 import torch
 from helpers import save_model
 
-import fineweb
+import train_gpt2
+from support.common import UserError
 from support.runlog import read_log
-from train_gpt2 import GPT, GPTConfig
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import recipes  # noqa: E402
+PADDING = math.log(384 / 257)  # at the start, the demo's loss is higher by this if padding ids take part in it
 
-pytestmark = pytest.mark.slow
-PADDING = math.log(384 / 257)  # what the demo's loss gains at the start where padding ids take part in it
+# These stand in for build-nanogpt's scripts. Each has the strings and functions that its benchmark relies on.
+PEER_TRAINING = """
+GPTConfig, step, last_step = dict, 1, False
+use_compile = False
+total_batch_size = 524288
+B = 64
+T = 1024
+shape = GPTConfig(vocab_size=50304)
+warmup_steps = 715
+max_steps = 19073
+val_loss_steps = 20
+if (step % 250 == 0 or last_step) and (not use_compile):
+    pass
+if ((step > 0 and step % 250 == 0) or last_step) and (not use_compile):
+    pass
+for step in range(max_steps):
+    print(f"step {step:5d} | loss: {5 - step / 8:.6f} | lr 6.0e-04 | norm: 1.0000 | dt: {40 + step:.2f}ms | tok/sec: 9")
+"""
+PEER_MODEL = "from train_gpt2 import GPT, GPTConfig\nimport tiktoken\n"
+PEER_HELLASWAG = """
+import tiktoken, torch
+def render_example(row):
+    encode = tiktoken.get_encoding("gpt2").encode
+    context, endings = encode(row["ctx"]), [encode(" " + ending) for ending in row["endings"]]
+    tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for i, ending in enumerate(endings):
+        tokens[i, : len(context) + len(ending)] = torch.tensor(context + ending)
+        mask[i, len(context) : len(context) + len(ending)] = 1
+    return {}, tokens, mask, row["label"]
+"""
+PEER_FINEWEB = """
+import os, numpy as np, tiktoken
+from datasets import load_dataset
+encode = tiktoken.get_encoding("gpt2").encode_ordinary
+tokens = [token for row in load_dataset("fineweb") for token in (50256, *encode(row["text"]))]
+os.makedirs("edu_fineweb10B", exist_ok=True)
+np.save("edu_fineweb10B/edufineweb_train_000000.npy", np.array(tokens, dtype=np.uint16))
+"""
+ROWS = [
+    {"activity_label": "Cooking", "ctx_a": "A man cuts an onion.", "ctx_b": "then he", "label": 1,
+     "ctx": "A man cuts an onion. then he",
+     "endings": ["cries.", "fries it in oil.", "flies to the moon and back", "lies down"]},
+    {"activity_label": "Removing ice", "ctx_a": "She scrapes the windshield.", "ctx_b": "", "label": 3,
+     "ctx": "She scrapes the windshield.", "endings": ["The car sings.", "It [title] rains", "No.", "The ice falls"]},
+]  # fmt: skip
 
 
-def run_benchmark(run_script, tmp_path, program, *flags):
-    """Run a benchmark on the demo's model; return its rows by name."""
+def make_peer(folder, **scripts):
+    """Return the checkout that GPT2_PEER names, or a new folder with these scripts: {name: text}."""
+    if "GPT2_PEER" in os.environ:
+        return Path(os.environ["GPT2_PEER"])
+    folder.mkdir()
+    for name, text in ({"train_gpt2": "", "hellaswag": ""} | scripts).items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def read_report(folder, name, stdout):
+    """Return the JSON of a report. Its Markdown must be what the program printed."""
+    assert (folder / f"{name}.md").read_text() in stdout
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert result["command"].startswith("python ") and torch.__version__ in result["versions"] and result["revision"]
+    return result
+
+
+@pytest.fixture
+def hellaswag_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+# --- measure.py -------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_run_overwrites_no_result():
+    """Without --out_dir, a report goes to a folder that git ignores."""
+    out_dir = measure.make_parser("").parse_args([]).out_dir
+    ignored = (measure.ROOT / ".gitignore").read_text().splitlines()
+    assert f"/{out_dir.relative_to(measure.ROOT)}/" in ignored
+
+
+def test_report(tmp_path, capsys):
+    """A report is a table, and the same rows as JSON with one line per row."""
+    args = SimpleNamespace(out_dir=tmp_path, name="tiny")
+    rows = [{"program": "a", "ms": 1.25, "runs": [1, 2, 3]}, {"program": "b"}]
+    columns = {"program": ("program", ""), "step, ms": ("ms", ".1f")}
+    measure.write_report(args, "Title", {"machine": "x"}, rows, columns)
+    assert capsys.readouterr().out.strip() == (tmp_path / "tiny.md").read_text().strip()
+    assert (tmp_path / "tiny.md").read_text().splitlines()[-2:] == ["| a | 1.2 |", "| b | n/a |"]
+    text = (tmp_path / "tiny.json").read_text()
+    assert json.loads(text) == {"machine": "x", "rows": rows} and len(text.splitlines()) == 7
+
+
+def test_published_results_are_clean():
+    """A published result comes from a committed state of the code, and names no folder of the machine."""
+    for path in (measure.ROOT / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text())
+        facts = " ".join(str(value) for key, value in result.items() if key != "rows")
+        assert result["rows"] and "dirty" not in facts, path
+        assert not any(word.startswith("/") for word in facts.replace("=", " ").split() if word != "/"), path
+        assert len(path.read_text().splitlines()) < 100, f"{path} has raw data: write it compactly"
+
+
+# --- the benchmarks ---------------------------------------------------------------------------------------------------
+
+
+def test_saving(main, tmp_path):
+    """The checkpoints are real ones, and nothing but the report is left."""
+    flags = ["--preset", "demo", "--repetitions", 2, "--device", "cpu", "--out_dir", tmp_path]
+    code, stdout, _ = main(saving, flags)
+    result = read_report(tmp_path, "saving", stdout)
+    waits, written, blocking = result["rows"]
+    assert code == 0 and "446,080 parameters" in result["checkpoint"]
+    assert all(wait < end for wait, end in zip(waits["runs"], written["runs"], strict=True))
+    assert 0 < min(blocking["runs"]) <= blocking["median"] <= blocking["longest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saving.json", "saving.md"]
+
+
+@pytest.mark.slow
+def test_data(main, tmp_path):
+    """Both programs write the same tokens, and each share is one of tiktoken's limit."""
+    pytest.importorskip("datasets")
+    pa = pytest.importorskip("pyarrow")
+    (tmp_path / "source").mkdir()
+    texts = [f"Document {i} of a small corpus. " * 200 for i in range(20)]
+    pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "source" / "000.parquet")
+    flags = ["--source", tmp_path / "source", "--peer", make_peer(tmp_path / "peer", fineweb=PEER_FINEWEB)]
+    flags += ["--megabytes", 1, "--shard_tokens", 100_000, "--processes", 1, "--repetitions", 1, "--out_dir", tmp_path]
+    code, stdout, _ = main(data, flags)
+    assert code == 0
+    limit, peer, ours = json.loads((tmp_path / "data.json").read_text())["rows"]
+    assert (tmp_path / "data.md").read_text() in stdout
+    assert limit["share"] == 1 and ours["share"] * limit["tokens_per_second"] == pytest.approx(
+        ours["tokens_per_second"]
+    )
+    assert peer["runs"][0]["sha256"] == ours["runs"][0]["sha256"] and ours["runs"][0]["tokens"] > 100_000
+    assert min(peer["megabytes"], ours["megabytes"]) > 10
+
+
+def test_hellaswag_speed(main, tmp_path, hellaswag_file):
+    """The peer's loop and ours give the same counts, and a ratio is one of the measured times."""
+    flags = ["--peer", make_peer(tmp_path / "peer", hellaswag=PEER_HELLASWAG), "--file", hellaswag_file]
+    code, stdout, _ = main(hellaswag_speed, [*flags, "--n_layer", 1, "--repetitions", 1, "--out_dir", tmp_path])
+    result = read_report(tmp_path, "hellaswag_speed", stdout)
+    assert code == 0 and [row["model"] for row in result["rows"]] == ["GPT2LMHeadModel", "train_gpt2.GPT"]
+    for row in result["rows"]:
+        assert row["peer_counts"] == row["our_counts"] and row["our_counts"][0] == len(ROWS)
+        assert row["ratio"] == pytest.approx(row["peer_seconds"] / row["our_seconds"])
+
+
+def test_hellaswag_agreement(main, tmp_path, hellaswag_file):
+    """All choices agree with those of the plain loop, and of lm-eval if it is installed."""
+    torch.manual_seed(0)
+    shape = train_gpt2.GPTConfig(block_size=128, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
+    save_model(tmp_path / "log", train_gpt2.GPT(shape))
+    flags = ["--model", tmp_path / "log", "--file", hellaswag_file, "--out_dir", tmp_path]
+    without = [] if hellaswag_agreement.importlib.util.find_spec("lm_eval") else ["--without_lm_eval"]
+    code, stdout, _ = main(hellaswag_agreement, [*flags, *without])
+    rows = read_report(tmp_path, "hellaswag_agreement", stdout)["rows"]
+    assert code == 0 and len(rows) == (6 if without else 9)
+    for row in rows:
+        assert row["differing_acc"] == row["differing_acc_norm"] == 0 and row["max_difference"] < 1e-3
+        assert (row["acc"], row["acc_norm"]) == pytest.approx((row["their_acc"], row["their_acc_norm"]))
+    assert rows[0]["rows_cut"] == 0 < rows[-1]["rows_cut"]  # the last model has only 80 positions
+
+
+@pytest.mark.slow
+def test_inference(main, tmp_path, text_shards):
+    """With one layer of each program and a few tokens: the table follows from what was timed and counted."""
+    pytest.importorskip("torchao")
+    shape = train_gpt2.GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
+    save_model(tmp_path / "log", train_gpt2.GPT(shape))
+    flags = ["--peer", make_peer(tmp_path / "peer", train_gpt2=PEER_MODEL), "--trained", tmp_path / "log"]
+    flags += ["--data", text_shards, "--n_layer", 1, "--max_new_tokens", 16, "--repetitions", 1, "--rows", 4]
+    code, stdout, _ = main(inference, [*flags, "--out_dir", tmp_path, "--name", "tiny"])
+    result = read_report(tmp_path, "tiny", stdout)
+    assert code == 0 and (tmp_path / "tiny.png").stat().st_size > 10_000
+    peer, theirs, ours, *others = result["rows"]
+    assert peer["to_peer"] == theirs["to_transformers"] == 1 and len(others) == 5
+    assert ours["to_peer"] == pytest.approx(peer["milliseconds"] / ours["milliseconds"])
+    block, head = 12 * 768**2 + 9 * 768, 50304 * 768
+    assert ours["megabytes"] == pytest.approx(4e-6 * (block + head + 1024 * 768), rel=0.001)
+    rate = float(result["limit"].split(" at ")[1].split()[0]) * 1e9
+    read = ours["of_limit"] * ours["milliseconds"] / 1e3 * rate
+    assert read == pytest.approx(4 * (block + head), rel=0.01)
+    assert all(abs(row["loss_change"]) < 0.05 for row in others) and ours["loss_change"] == 0
+
+
+def run_training_benchmark(run_script, tmp_path, program, *flags):
+    """Run peers.py or ladder.py on the demo's model. Return its rows by name."""
     flags = [*flags, "--preset", "demo", "--repetitions", 1, "--out_dir", tmp_path, "--name", "tiny"]
     done = run_script(f"benchmarks/{program}", *flags, timeout=1200)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "tiny.json").read_text())
-    assert program in result["command"] and torch.__version__ in result["versions"]
-    assert (tmp_path / "tiny.md").read_text() in done.stdout and (tmp_path / "tiny.png").stat().st_size > 10_000
+    result = read_report(tmp_path, "tiny", done.stdout)
+    assert program in result["command"] and (tmp_path / "tiny.png").stat().st_size > 10_000
     return {next(iter(row.values())): row for row in result["rows"]}
 
 
+@pytest.mark.slow
 def test_ladder(run_script, tmp_path):
-    """Every rung of the machine's is measured, on the same rows from the same seed, and the last is profiled."""
-    rows = run_benchmark(run_script, tmp_path, "ladder.py", "--steps", 6, "--profile")
+    """Every rung of this machine is measured, on the same rows from the same seed, and the last one is profiled."""
+    rows = run_training_benchmark(run_script, tmp_path, "ladder.py", "--steps", 6, "--profile")
     measured = [row for row in rows.values() if "median" in row]
     assert [name for name in rows if rows[name] not in measured] == ([] if torch.cuda.is_available() else ["TF32"])
     for row in measured:
@@ -53,135 +251,118 @@ def test_ladder(run_script, tmp_path):
     for name in ("padded vocabulary", "clipping, fused AdamW"):
         assert 0.5 * PADDING < losses[name] - reference < 1.5 * PADDING
     assert losses["padded vocabulary"] != losses["clipping, fused AdamW"]
-    assert losses["the command as it is"] < reference
+    assert losses["the command by default"] < reference
     seconds = {name: row.get("first_step_seconds") for name, row in rows.items()}
     assert seconds["torch.compile"] > seconds["bfloat16 autocast"] + 1
-    assert "aten::addmm" in (tmp_path / "tiny_kernels.txt").read_text()  # among the costliest
-    assert "AdamW.step" in gzip.open(tmp_path / "trace_tiny.json.gz", "rt").read()  # and all of a step
+    assert "aten::addmm" in (tmp_path / "tiny_kernels.txt").read_text()  # one of the most expensive
+    assert "AdamW.step" in gzip.open(tmp_path / "trace_tiny.json.gz", "rt").read()  # the trace has the whole step
 
 
+@pytest.mark.slow
 def test_peers(run_script, tmp_path):
-    """build-nanogpt (at GPT2_PEER) and ours train the same rows by the same recipe, timed in the same way."""
-    if "GPT2_PEER" not in os.environ:
-        pytest.skip("GPT2_PEER names no checkout of build-nanogpt")
-    flags = ["--peer", os.environ["GPT2_PEER"], "--steps", 6, "--ours", "--compile off", "--ours", "--compile on"]
-    rows = run_benchmark(run_script, tmp_path, "peers.py", *flags)
-    peer, peer_compiled, plain, ours, ours_compiled = rows.values()
-    assert list(rows)[:2] == ["build-nanogpt", "build-nanogpt, use_compile"]
-    assert list(rows)[2:] == ["train_gpt2.py", "train_gpt2.py --compile off", "train_gpt2.py --compile on"]
+    """All programs are timed in the same way. If build-nanogpt is there, the losses show that ours trains like it."""
+    peer = make_peer(tmp_path / "peer", train_gpt2=PEER_TRAINING)
+    flags = ["--peer", peer, "--steps", 6, "--ours", "--compile on"]
+    rows = run_training_benchmark(run_script, tmp_path, "peers.py", *flags)
+    assert list(rows) == [
+        "build-nanogpt", "build-nanogpt, use_compile", "train_gpt2.py", "train_gpt2.py --compile on",
+    ]  # fmt: skip
+    peer, peer_compiled, ours, ours_compiled = rows.values()
     assert peer["loss"] == pytest.approx(peer_compiled["loss"], abs=0.005)
-    assert plain["loss"] == pytest.approx(ours["loss"], abs=0.005)
     assert ours["loss"] == pytest.approx(ours_compiled["loss"], abs=0.005)
-    differences = [theirs - own for theirs, own in zip(peer["runs"][0]["losses"], plain["runs"][0]["losses"])]
-    assert differences == pytest.approx([PADDING] * 6, abs=0.03)  # other rows or rates: 0.1 and more
     assert peer["step_speedup"] == peer["program_speedup"] == 1
     for row in rows.values():
         assert 0 < row["p10"] <= row["median"] <= row["p90"] and 0 < row["mfu"] < 1
         assert row["tokens_per_second"] * row["median"] == pytest.approx(2048 * 1000)
         assert row["step_speedup"] == pytest.approx(peer["median"] / row["median"])
         assert row["program_speedup"] == pytest.approx(peer["seconds"] / row["seconds"])
-        assert row["first_step_seconds"] < row["seconds"] and row["training_gigabytes"] > 0.01
-    assert (
-        min(peer_compiled["first_step_seconds"], ours_compiled["first_step_seconds"]) > ours["first_step_seconds"] + 1
-    )
+        assert row["first_step_seconds"] < row["seconds"] and row["program_gigabytes"] > 0.001
+    assert ours_compiled["first_step_seconds"] > ours["first_step_seconds"] + 1
+    if "GPT2_PEER" in os.environ:
+        losses = [row["runs"][0]["first_losses"] for row in (peer, ours)]
+        differences = np.subtract(*losses).tolist()
+        assert differences == pytest.approx([PADDING] * 6, abs=0.03)  # other rows or learning rates: 0.1 and more
+        assert peer_compiled["first_step_seconds"] > ours["first_step_seconds"] + 1
+    else:
+        assert peer["median"] == 42.5 and peer["loss"] == 5 - 5 / 8  # what the script printed
 
 
-def test_inference(run_script, tmp_path):
-    """One layer of each program, a few tokens: what the table says follows from what was timed and counted."""
-    if "GPT2_PEER" not in os.environ:
-        pytest.skip("GPT2_PEER names no checkout of build-nanogpt")
-    fineweb.prepare("stdlib", tmp_path / "data", "bytes", shard_tokens=20_000, max_tokens=40_000, workers=1)
-    shape = GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
-    save_model(tmp_path / "log", GPT(shape))
-    flags = ["--peer", os.environ["GPT2_PEER"], "--trained", tmp_path / "log", "--data", tmp_path / "data"]
-    flags += ["--n_layer", 1, "--max_new_tokens", 16, "--repetitions", 1, "--rows", 4, "--out_dir", tmp_path]
-    done = run_script("benchmarks/inference.py", *flags)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "inference_cpu.json").read_text())
-    peer, theirs, ours, *others = result["rows"]
-    assert peer["to_peer"] == theirs["to_transformers"] == 1 and len(others) == 5
-    assert ours["to_peer"] == pytest.approx(peer["milliseconds"] / ours["milliseconds"])
-    block, head = 12 * 768**2 + 9 * 768, 50304 * 768
-    assert ours["megabytes"] == pytest.approx(4e-6 * (block + head + 1024 * 768), rel=0.001)
-    rate = float(result["floor"].split(" at ")[1].split()[0]) * 1e9
-    read = ours["of_floor"] * ours["milliseconds"] / 1e3 * rate
-    assert read == pytest.approx(4 * (block + head), rel=0.01)
-    assert all(abs(row["loss_change"]) < 0.05 for row in others) and ours["loss_change"] == 0
-
-
-def test_peers_refuses_another_script(run_script, tmp_path):
-    """A checkout that is not the one that the constants are known of must not be measured with wrong ones."""
-    (tmp_path / "train_gpt2.py").write_text("total_batch_size = 524288\nB = 64\nB = 64\n")
-    done = run_script("benchmarks/peers.py", "--peer", tmp_path, "--preset", "demo", "--steps", 4)
-    assert done.returncode != 0 and "has 2 times 'B = 64'" in done.stderr
+def test_peers_refuses_another_script():
+    """If a checkout is not the one for which the constants are known, wrong ones must not be measured."""
+    with pytest.raises(UserError, match="train_gpt2.py contains 'B = 64' 2 times"):
+        peers.substitute("B = 64\nB = 64\n", {"B = 64": "B = 4"}, "train_gpt2.py")
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--peer", "nowhere"], "--peer nowhere holds no train_gpt2.py"),
-        (["--peer", ROOT, "--total_batch_tokens", 1000], "--total_batch_tokens 1000"),
-        (["--peer", ROOT, "--steps", 2], "--steps 2"),
-        (["--peer", ROOT, "--source", "nowhere"], "nowhere is neither a file"),
+        (["--peer", "nowhere"], "--peer nowhere has no train_gpt2.py"),
+        (["--peer", measure.ROOT, "--total_batch_tokens", 1000], "--total_batch_tokens 1000"),
+        (["--peer", measure.ROOT, "--steps", 2], "--steps 2"),
+        (["--peer", measure.ROOT, "--repetitions", 0], "--repetitions 0"),
     ],
 )
-def test_bad_flags(flags, says, run_script):
-    """A mistake is told in a line that names the flag, with exit code 2."""
+def test_bad_flags(flags, says, main, tmp_path):
+    """The message of a mistake names the flag, and the exit code is 2."""
+    code, _, stderr = main(peers, [*flags, "--out_dir", tmp_path])
+    assert code == 2 and says in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text, says", [(None, "no such file"), ("word " * 12_000, "less than 81,922 tokens")])
+def test_too_little_text(text, says, run_script, tmp_path):
+    """Text for less than two equal shards is refused, because build-nanogpt's loader crashes with a short one."""
+    source = tmp_path / "missing"
+    if text:
+        source = tmp_path / "short.txt"
+        source.write_text(text)
+    flags = ["--peer", measure.ROOT, "--preset", "demo", "--source", source, "--out_dir", tmp_path]
     done = run_script("benchmarks/peers.py", *flags)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-def test_short_text(run_script, tmp_path):
-    """Text for less than two equal shards is refused: build-nanogpt's loader crashes on a short one."""
-    (tmp_path / "short.txt").write_text("word " * 12_000)
-    flags = ["--peer", ROOT, "--preset", "demo", "--source", tmp_path / "short.txt"]
-    done = run_script("benchmarks/peers.py", *flags)
-    assert done.returncode == 2 and "short.txt has less than 81,922 tokens" in done.stderr
+# --- recipes.py -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def run_recipes(tmp_path, monkeypatch):
-    """run_recipes() -> a table at ten steps a run: its result, rows by name, and the lines of its cache."""
-    names = ["adamw", "adamw-warmup0.25", "fast", "ramp", "distilled", "whole-rows"]
-    monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in names})
-    flags = ["--tokens", 20_480, "--val_tokens", 4096, "--out_dir", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["recipes.py", *map(str, flags)])
+def one_thread():
+    """recipes.py sets the number of threads: restore it."""
     threads = torch.get_num_threads()
-
-    def run():
-        recipes.main()
-        result = json.loads((tmp_path / "recipes.json").read_text())
-        lines = (tmp_path / "recipes.jsonl").read_text().splitlines()
-        return result, {row["recipe"]: row for row in result["rows"]}, list(map(json.loads, lines))
-
-    yield run
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
-def test_recipes(run_recipes, tmp_path):
-    """Each recipe searches its rate, finalists run thrice on the same tokens, and a killed table goes on as it was."""
-    result, rows, records = run_recipes()
-    assert (tmp_path / "recipes.png").stat().st_size > 10_000
-    for row in rows.values():
+@pytest.mark.slow
+def test_recipes(main, tmp_path, one_thread):
+    """Each recipe searches its learning rate, finalists run three times, and a killed program continues."""
+    flags = ["--tokens", 20_480, "--val_tokens", 4096, "--out_dir", tmp_path]
+    code, stdout, _ = main(recipes, flags)
+    result, cache = read_report(tmp_path, "recipes", stdout), tmp_path / "recipes.jsonl"
+    lines = cache.read_text().splitlines(keepends=True)
+    records = list(map(json.loads, lines))
+    assert code == 0 and (tmp_path / "recipes.png").stat().st_size > 10_000
+    for row in result["rows"]:
         assert row["searched"][str(row["lr"])] == row["search_loss"] == min(row["searched"].values())
         rates = [float(rate) for rate in row["searched"]]
         assert min(rates) < row["lr"] < max(rates) or len(rates) >= 8
-        for share, runs in row["runs"].items():
-            assert [run["seed"] for run in runs] == [2, 3, 4] and {run["lr"] for run in runs} == {row["lr"]}
-            assert all(run["tokens"] == round(float(share) * 20_480) for run in runs)
+        for share in row["losses"]:
+            wanted = {"recipe": row["recipe"], "tokens": round(float(share) * 20_480), "lr": row["lr"]}
+            runs = [record for record in records if wanted.items() <= record.items() and record["seed"] != 1]
+            assert [run["seed"] for run in runs] == [2, 3, 4]
             assert all(run["curve"][-1] == [run["tokens"] // 2048 * 2048, run["val"]] for run in runs)
-    winner = rows[result["winner"]]
-    assert min(map(float, winner["runs"])) < 0.5 and 0 < result["tokens_ratio_to_adamw"] < 1
+    winner = next(row for row in result["rows"] if row["recipe"] == result["winner"])
+    assert min(map(float, winner["losses"])) < 0.5 and 0 < result["tokens_ratio_to_adamw"] < 1
     assert result["tokens_ratio_to_adamw"] == pytest.approx(sum(winner["ratio"][2]) / 3)
-    cache = (tmp_path / "recipes.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "recipes.jsonl").write_text("".join(cache[:-2]))
-    _, rows_again, again = run_recipes()
-    assert len(again) == len(records) and again[:-2] == records[:-2]
+    cache.write_text("".join(lines[:-2]))
+    main(recipes, flags)
+    again = list(map(json.loads, cache.read_text().splitlines()))
+    assert again[:-2] == records[:-2]
     assert [record["curve"] for record in again] == [record["curve"] for record in records]
 
 
 def test_the_crossing_is_interpolated():
-    """Half way in loss is half way in the logarithm of tokens; better than all is the least share, worse is never."""
+    """Half of the way in loss is half of the way in the logarithm of tokens. A loss that is never reached gives inf."""
     points = [(0.25, 3.0), (0.5, 2.0), (1, 1.0)]
     assert recipes.crossing(points, 2.5) == pytest.approx(0.25 * 2**0.5)
     assert recipes.crossing(points, 2.0) == 0.5 and recipes.crossing(points, 3.5) == 0.25
@@ -189,27 +370,48 @@ def test_the_crossing_is_interpolated():
 
 
 def test_a_target_that_is_not_reached():
-    """A seed that stays above the default's loss makes the share infinite, not the report fail."""
+    """A seed that stays above the default's loss makes the share infinite. The report does not fail."""
     runs = {share: [{"val": loss + seed / 10} for seed in range(3)] for share, loss in ((0.5, 2.0), (1, 1.0))}
-    default = {"runs": {1: [{"val": 1.5}] * 3}}
-    mean, spread, shares = recipes.tokens_ratio({"runs": runs}, default)
+    default = {1: [{"val": 1.5}] * 3}
+    mean, spread, shares = recipes.tokens_ratio(runs, default)
     assert shares == pytest.approx([0.5 ** (0.5 - seed / 10) for seed in range(3)]) and 0 < spread < mean < 1
-    default["runs"][1][0] = {"val": 0.9}
-    assert recipes.tokens_ratio({"runs": runs}, default)[:2] == [math.inf, math.inf]
+    default[1][0] = {"val": 0.9}
+    assert recipes.tokens_ratio(runs, default)[:2] == [math.inf, math.inf]
 
 
-def test_the_preset_is_what_was_measured(run_script, tmp_path):
-    """The winner's recipe in the table and train_gpt2.py's preset of it must be the same training."""
+def test_the_preset_is_what_was_measured(tmp_path, text_shards, one_thread):
+    """The winner in recipes.py and the preset of train_gpt2.py must train in the same way."""
     model = "--n_layer 2 --n_head 4 --n_embd 128 --block_size 128 --seq_len 128 --no_flash --compile off".split()
     run = "--total_batch_tokens 2048 --micro_batch 16 --lr 0.016 --max_steps 20 --warmup_steps 1 --seed 2".split()
     quiet = "--val_tokens 4096 --sample_interval 0 --hellaswag_file none --eval_interval 100 --device cpu".split()
-    fineweb.prepare("stdlib", tmp_path / "data", "bytes", shard_tokens=100_000, max_tokens=400_000, workers=1)
-    flags = ["--preset", "gpt2-fast", *model, *run, *quiet, "--data_dir", tmp_path / "data"]
-    done = run_script("train_gpt2.py", *flags, "--out_dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    args = SimpleNamespace(data=tmp_path / "data", val_tokens=4096)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as both programs: other sums round otherwise, and Muon magnifies that
-    _, curve = recipes.train(recipes.RECIPES[recipes.WINNER], 0.016, 2, 20 * 2048, args)
-    torch.set_num_threads(threads)
+    files = ["--data_dir", str(text_shards), "--out_dir", str(tmp_path / "out")]
+    train_gpt2.main(["--preset", "gpt2-fast", *model, *run, *quiet, *files])
+    args = SimpleNamespace(data=text_shards, val_tokens=4096)
+    curve = recipes.train(recipes.RECIPES[recipes.WINNER], 0.016, 2, 20 * 2048, args)
     assert curve[-1][1] == pytest.approx(read_log(tmp_path / "out" / "log.txt")["val"][1][-1], abs=1e-4)
+
+
+# --- identical.py -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_identical(tmp_path, capsys):
+    """The same code gives the same results, also when resumed. Another learning rate is reported as a difference."""
+    tree, git = tmp_path / "tree", ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
+        tree.mkdir(exist_ok=True)
+        shutil.copy(measure.ROOT / name, tree)
+    shutil.copytree(measure.ROOT / "support", tree / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=tree, check=True)
+    runs = {"tiny": (1, identical.SMALL)}
+    assert identical.compare(tree, "HEAD", runs, {"resumed": "tiny"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["tiny", "resumed"]
+    assert all(line.endswith("same") for line in lines)
+    script = (tree / "train_gpt2.py").read_text()
+    (tree / "train_gpt2.py").write_text(
+        script.replace("def get_lr(step, config):", "def get_lr(step, config, x=0):\n    step += 1")
+    )
+    assert not identical.compare(tree, "HEAD", runs, {})
+    assert capsys.readouterr().out.endswith("DIFFERENT\n")
