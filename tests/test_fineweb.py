@@ -600,13 +600,3 @@ def test_help_is_quick_and_names_the_flags(run_script):
     for flag in ("--source", "--out_dir", "--encoding", "--shard_tokens", "--max_tokens", "--workers",
                  "--pretokenized", "--verify"):  # fmt: skip
         assert f" {flag} " in done.stdout
-
-
-def test_importing_does_nothing(tmp_path):
-    """Importing prints nothing, creates no folder and loads no heavy package."""
-    heavy = {"datasets", "huggingface_hub", "pyarrow", "transformers", "torch", "tyro"}
-    code = f"import sys, fineweb; print(*{heavy} & {{*sys.modules}}, end='')"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
