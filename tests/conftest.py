@@ -26,6 +26,7 @@ elif "TIKTOKEN_CACHE_DIR" not in os.environ and (package := importlib.util.find_
         key = hashlib.sha1(url.encode()).hexdigest()
         shutil.copy(Path(package.origin).parent / "data" / name, Path(cache, key))
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share the machine; before torch is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it, and their children
 
 

@@ -592,6 +592,7 @@ def test_user_errors_exit_with_2_and_one_line(tmp_path, run_script, finished):
         assert time.time() - start < 30
 
 
+@pytest.mark.timing
 def test_help_is_quick_and_names_the_flags(run_script):
     """Guards the spelling of the flags. --help must not load a heavy package."""
     start = time.time()

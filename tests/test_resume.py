@@ -324,6 +324,7 @@ PHASES = {
 }
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, name, phase",
@@ -355,6 +356,7 @@ def test_signals_save_and_stop(text_shards, tmp_path, phase, processes, name):
     assert state["loader"] == step * (1024 if phase == "training" else 8)
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_signal_during_hellaswag(shared_data, tmp_path, make_shards):
     """HellaSwag takes minutes on small machines, which a preempted job does not have."""
@@ -374,6 +376,7 @@ def test_signal_during_hellaswag(shared_data, tmp_path, make_shards):
     ] == [0]
 
 
+@pytest.mark.timing
 def test_second_signal_ends_at_once():
     """Who cannot wait, or sees it hang, sends a second signal. An echo of the first, which torchrun makes, is none."""
     code = (

@@ -490,6 +490,7 @@ def test_a_diverged_run_stops(text_shards, run_script, tmp_path):
     assert log["train"][0] == list(range(21)) and log["skipped"] == (list(range(1, 21)), list(range(1, 21)))
 
 
+@pytest.mark.timing
 def test_speed_leaves_evaluation_out(text_shards, run_script, tmp_path):
     """The original counts evaluation into tok/s; here most of the time is evaluation, and the steps do not show it."""
     flags = [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--max_steps", 5, "--eval_interval", 1]
