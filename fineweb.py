@@ -22,6 +22,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import multiprocessing.connection
 import os
 import queue
@@ -60,6 +61,7 @@ BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the h
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # whitespace in GPT-2's pattern
 PIECES = re.compile(rf"(?=[{SPACES}][^{SPACES}])(?<=[{SPACES}]{{99}})")  # before the last of 100 or more SPACES
 WRITE_FIX = "make room or check --out_dir, and run the same command again: it continues after the last finished shard"
+FOLDER_FIX = "name another --out_dir, or delete this one"
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------
@@ -114,21 +116,20 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
-    found, listed = list_shards(data_dir), manifest["shards"]
+    found = list_shards(data_dir)
+    listed = {path.name: {} for path in found} if manifest["shards"] is None else manifest["shards"]
     again = f"run `{prepare_command(manifest, data_dir)}`"
     if not manifest["finished"]:
         where = f" on each of its {manifest['nodes']} nodes" if manifest["nodes"] > 1 else ""
         raise UserError(f"{data_dir} is unfinished: {again}{where}")
     for path in found:
-        if listed is None:
-            open_shard(path)  # raises UserError if it is damaged
-        elif path.name not in listed:
+        if path.name not in listed:
             raise UserError(f"{path} is not in {data_dir / 'manifest.json'}: move it elsewhere")
-    for name, entry in (listed or {}).items():
+    for name, entry in listed.items():
         path = data_dir / name
         if path not in found:
             raise UserError(f"{path} is missing: {again}")
-        if open_shard(path).size != entry["tokens"]:
+        if entry.get("tokens") not in (None, open_shard(path).size):
             raise UserError(f"{path} does not hold its {entry['tokens']:,} tokens: {again}")
     shards = [path for path in found if SHARD_NAME.match(path.name)[1] == split]
     if not shards:
@@ -155,16 +156,15 @@ def list_shards(data_dir: Path) -> list[Path]:
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a .npy or .bin shard as a read-only memory map, (n,) uint16. Raises UserError if it is neither."""
-    path, fix = Path(path), "download it again, or delete its folder and run fineweb.py again"
-    if path.suffix == ".bin":
-        magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3), 0, 0, 0]
-        if (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
-            raise UserError(f"{path} is not a token shard (its header is not llm.c's): download it again")
-        if path.stat().st_size != BIN_HEADER + 2 * int(tokens):
-            raise UserError(f"{path} does not hold the {tokens:,} tokens that its header says: download it again")
-        return np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER)
+    fix = "download it again, or delete its folder and run fineweb.py again"
     try:
-        shard = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this refuses a .npz with this name
+        if path.suffix == ".bin":
+            magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, 0]
+            if (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
+                raise ValueError("its header is not llm.c's")
+            shard = np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER, shape=(tokens,))
+        else:
+            shard = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this refuses a .npz with this name
     except OSError:
         raise
     except Exception as error:  # a damaged header raises ValueError, TypeError, OverflowError, TokenError and others
@@ -182,14 +182,13 @@ def read_manifest(data_dir: Path) -> dict:
     Raises UserError if a manifest is damaged, or if the nodes' manifests are from different runs.
     """
     paths = list_manifests(Path(data_dir))
-    manifests = [NO_MANIFEST | read_manifest_file(path) for path in paths] or [NO_MANIFEST]
+    if not paths:
+        return NO_MANIFEST
+    manifests = [NO_MANIFEST | read_manifest_file(path) for path in paths]
     first = manifests[0]
     for path, manifest in zip(paths, manifests):
-        if differing := [key for key in SETTINGS if manifest[key] != first[key]]:
-            reason = f"are from different runs ({', '.join(differing)}): delete the files of the other run"
-            raise UserError(f"{path} and {paths[0].name} {reason}")
-    if len(manifests) == first["nodes"] == 1:
-        return first
+        if differing := ", ".join(key for key in SETTINGS if manifest[key] != first[key]):
+            raise UserError(f"{path} and {paths[0].name} are from different runs ({differing}): delete one run's files")
     sums = {count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")}
     shards = {name: entry for manifest in manifests for name, entry in manifest["shards"].items()}
     finished = len(manifests) == first["nodes"] and all(manifest["finished"] for manifest in manifests)
@@ -262,7 +261,15 @@ def encode_all(tasks: Iterable[Task], encoding_name: str, workers: int) -> Itera
     processes, pipes, threads = [], queue.SimpleQueue(), ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
-            process, pipe = start_worker(encoding_name)
+            try:
+                pipe, workers_end = multiprocessing.Pipe()
+                process = multiprocessing.Process(target=worker_loop, args=(workers_end, encoding_name), daemon=True)
+                process.start()
+            except OSError as error:
+                raise UserError(
+                    f"a worker process cannot be started ({error.strerror}): give fewer --workers"
+                ) from error
+            workers_end.close()  # so that the next worker inherits no copy: the pipe closes when no process holds it
             processes.append(process)
             pipes.put(pipe)
         yield from in_order(functools.partial(threads.submit, ask_worker, pipes), tasks, 3 * workers)
@@ -285,19 +292,6 @@ def in_order(submit: Callable[[Task], Future], tasks: Iterable[Task], limit: int
         yield submitted.popleft().result()
 
 
-def start_worker(encoding_name: str) -> tuple[multiprocessing.Process, Connection]:
-    """Return a worker process and the pipe to it. Raises UserError if the system cannot start another one."""
-    try:
-        pipe, workers_end = multiprocessing.Pipe()
-        process = multiprocessing.Process(target=worker_loop, args=(workers_end, encoding_name), daemon=True)
-        process.start()
-    except OSError as error:
-        raise UserError(f"a worker process cannot be started ({error.strerror}): give fewer --workers") from error
-    # The next worker must not inherit a copy of this end: the pipe closes only when no process holds it.
-    workers_end.close()
-    return process, pipe
-
-
 def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
     """Return the tokens of a task from a worker that is free. Raises the worker's error, or UserError if it dies."""
     pipe = pipes.get()
@@ -305,8 +299,7 @@ def ask_worker(pipes: queue.SimpleQueue, task: Task) -> np.ndarray:
         pipe.send(task)
         result = pipe.recv()
     except (EOFError, OSError) as error:
-        fix = "give fewer --workers, and run the same command again to continue"
-        raise UserError(f"a worker process died, which happens when memory runs out: {fix}") from error
+        raise UserError("a worker process died (out of memory?): run again with fewer --workers to continue") from error
     finally:
         pipes.put(pipe)
     if isinstance(result, Exception):
@@ -379,17 +372,16 @@ def shard_entry(tokens: np.ndarray, vocab_size: int, *contents) -> dict:
     return {"tokens": tokens.size, "documents": documents, "sha256": digest.hexdigest()}
 
 
-def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: int) -> None:
-    """Cut the stream of tokens into shards, write them and fill in the manifest.
+def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: float) -> None:
+    """Cut the stream of tokens into shards, write them and fill in the manifest. max_tokens may be infinite.
 
     `arrays` are the tokens of the tasks, starting with the task in which the manifest's last shard ends. The tokens
     that this shard already holds are skipped. Raises UserError if no text is left for training.
     """
     end = next_position(manifest)
     shard, filled, writing = np.empty(manifest["shard_tokens"], dtype=np.uint16), 0, None
-    total = max_tokens if manifest["max_tokens"] else None
     # disable=None: the bar is drawn only on a terminal
-    progress = tqdm(total=total, initial=manifest["tokens"], unit="tok", unit_scale=True, disable=None)
+    progress = tqdm(total=max_tokens, initial=manifest["tokens"], unit="tok", unit_scale=True, disable=None)
     left = max_tokens - manifest["tokens"]
     with progress, ThreadPoolExecutor(1) as writer:  # hashes and writes a shard while the next one is filled
         for number, tokens in enumerate(arrays, start=end["task"]):
@@ -432,8 +424,7 @@ def check_continuation(arrays: Iterator, out_dir: Path, manifest: dict, stale: d
         end = next_position(manifest)["tokens"]
         known = open_shard(path)[-end:]
         if not np.array_equal(first[max(0, end - known.size) : end], known):
-            fix = f"delete {out_dir} and start again, or name another --out_dir"
-            raise UserError(f"the text of {manifest['source']} has changed since {path} was written: {fix}")
+            raise UserError(f"the text of {manifest['source']} has changed since {path} was written: {FOLDER_FIX}")
     for name in stale:
         (out_dir / name).unlink(missing_ok=True)
     yield first
@@ -458,28 +449,23 @@ def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
     The manifest is empty, or an earlier run's up to its first missing shard. The shards after that one are stale.
     Raises UserError if the folder holds anything other than shards of these settings.
     """
-    fix = "name another --out_dir, or delete this one"
     found = list_shards(out_dir)  # before the manifests, because other nodes may add a shard and its entry in between
     before = read_manifest(out_dir)
     for path in found:
         if path.name not in (before["shards"] or {}):
-            raise UserError(f"{path} already exists and is not from this run: {fix}")
+            raise UserError(f"{path} already exists and is not from this run: {FOLDER_FIX}")
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
     differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
     if differing and (before["shards"] or any(other != path for other in list_manifests(out_dir))):
         what = "shards" if before["shards"] else "manifests"
-        raise UserError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {fix}")
-    manifest, stale = settings | {"shards": {}, "finished": False}, {}
-    if before["shards"] and path.exists():
-        earlier = read_manifest_file(path)
-        kept = itertools.takewhile(lambda item: is_complete(out_dir / item[0], item[1]), earlier["shards"].items())
-        manifest["shards"] = dict(kept)
-        if earlier["finished"] and len(manifest["shards"]) == len(earlier["shards"]):
-            print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(earlier['shards'])} shards")
-            return earlier, stale
-        if not settings.get("pretokenized"):
-            stale = {name: entry for name, entry in earlier["shards"].items() if name not in manifest["shards"]}
-    return manifest, stale
+        raise UserError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {FOLDER_FIX}")
+    earlier = read_manifest_file(path) if before["shards"] and path.exists() else {"shards": {}, "finished": False}
+    kept = dict(itertools.takewhile(lambda item: is_complete(out_dir / item[0], item[1]), earlier["shards"].items()))
+    stale = {name: entry for name, entry in earlier["shards"].items() if name not in kept}
+    if earlier["finished"] and not stale:
+        print(f"{out_dir} is complete: {earlier['tokens']:,} tokens in {len(kept)} shards")
+        return earlier, stale
+    return settings | {"shards": kept, "finished": False}, stale
 
 
 def is_complete(path: Path, entry: dict) -> bool:
@@ -505,13 +491,11 @@ def prepare(
     `nodes` takes every `nodes`-th task and writes its own shards and manifest into `out_dir`. Together they are one
     corpus, and the first shard of node 0 is for validation. Raises UserError.
     """
-    start, out_dir = time.time(), Path(out_dir)
-    vocab_size = get_encoding(encoding).n_vocab
+    start, out_dir, vocab_size = time.time(), Path(out_dir), get_encoding(encoding).n_vocab
     if shard_tokens < 1:
         raise UserError(f"--shard_tokens {shard_tokens}: give at least 1")
     if max_tokens is not None and max_tokens // nodes <= shard_tokens:
-        fix = f"give more than --shard_tokens {shard_tokens} for each node, or lower --shard_tokens"
-        raise UserError(f"--max_tokens {max_tokens} fills only the validation shard: {fix}")
+        raise UserError(f"--max_tokens {max_tokens} leaves no text for training: give more, or lower --shard_tokens")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
     before = read_manifest(out_dir)
@@ -524,9 +508,9 @@ def prepare(
         write_manifest(out_dir, manifest, stale)
         done = manifest["tokens"]
         tasks = itertools.islice(tasks, node + nodes * next_position(manifest)["task"], None, nodes)
-        share = sys.maxsize if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
+        share = math.inf if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
         if done < share:
-            arrays = encode_all(tasks, encoding, count_cores() if workers is None else workers)
+            arrays = encode_all(tasks, encoding, workers or count_cores())
             write_shards(check_continuation(arrays, out_dir, manifest, stale), out_dir, manifest, share)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
@@ -555,20 +539,19 @@ def fetch_shards(repo: str, out_dir: Path = DATA_DIR, max_tokens: int | None = N
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"--max_tokens {max_tokens}: give at least 1")
     out_dir, before = Path(out_dir), read_manifest(out_dir)
-    pinned = before["revision"] if before["source"] == repo else None
-    info = None if pinned and before["finished"] else hub_dataset(repo, revision=pinned, files_metadata=True)
-    settings = NO_MANIFEST | {"source": repo, "pretokenized": True, "revision": info.sha if info else pinned}
+    revision = (before["revision"] if before["source"] == repo else None) or hub_dataset(repo).sha
+    settings = NO_MANIFEST | {"source": repo, "pretokenized": True, "revision": revision}
     with locked_plan(out_dir, settings | {"max_tokens": max_tokens, "node": 0}) as (manifest, _):
         if manifest["finished"]:
             return manifest
-        info = info or hub_dataset(repo, revision=pinned, files_metadata=True)
+        info = hub_dataset(repo, revision=revision, files_metadata=True)
         chosen = choose_shards({file.rfilename: file for file in info.siblings}, repo, max_tokens)
         # Listed before they are downloaded, so that a restart recognizes them as its own.
         manifest["shards"] = {file.rfilename: {"tokens": file.size // 2} for file in chosen}
         write_manifest(out_dir, manifest)
         pool = ThreadPoolExecutor(4)
         try:
-            entries = pool.map(functools.partial(fetch_shard, repo, info.sha, out_dir), chosen)
+            entries = pool.map(functools.partial(fetch_shard, repo, revision, out_dir), chosen)
             manifest["shards"] = {file.rfilename: entry for file, entry in zip(chosen, entries)}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -588,8 +571,7 @@ def choose_shards(files: dict, repo: str, max_tokens: int | None) -> list:
             chosen.append(name)
             tokens += files[name].size // 2
     if {splits[name] for name in chosen} != {"val", "train"}:
-        fix = "check its name, and raise --max_tokens if it is small"
-        raise UserError(f"{repo} has no shards of both splits with names like fineweb_train_000001.bin: {fix}")
+        raise UserError(f"{repo} has no shards named *_val_* and *_train_*: check its name, or raise --max_tokens")
     return [files[name] for name in chosen]
 
 
@@ -616,23 +598,23 @@ def verify_shards(data_dir: Path) -> None:
     Raises UserError if anything is wrong, after a line for each finding.
     """
     data_dir, manifest = Path(data_dir), read_manifest(data_dir)
-    paths, listed = list_shards(data_dir) if data_dir.is_dir() else [], manifest["shards"]
+    paths = list_shards(data_dir) if data_dir.is_dir() else []
     if not paths:
         raise UserError(f"no shards in {data_dir}: check --verify")
-    names = [path.name for path in paths]
-    findings = [f"{data_dir / name} is missing" for name in listed or {} if name not in names]
+    listed = {path.name: {} for path in paths} if manifest["shards"] is None else manifest["shards"]
+    findings = [f"{data_dir / name} is missing" for name in listed if data_dir / name not in paths]
     findings += [] if manifest["finished"] else [f"{data_dir} is unfinished"]
     tokens = documents = 0
     for path in tqdm(paths, unit="shard", disable=None):
-        entry = {} if listed is None else listed.get(path.name)
         try:
             found = shard_entry(open_shard(path), manifest["vocab_size"], np.memmap(path, mode="r"))
         except UserError as error:
             findings.append(str(error))
             continue
         tokens, documents = tokens + found["tokens"], documents + found["documents"]
-        findings += [f"{path} {finding}" for finding in shard_findings(path, found, entry, manifest["vocab_size"])]
-    splits = [SHARD_NAME.match(name)[1] for name in names]
+        wrong = shard_findings(path, found, listed.get(path.name), manifest["vocab_size"])
+        findings += [f"{path} {finding}" for finding in wrong]
+    splits = [SHARD_NAME.match(path.name)[1] for path in paths]
     print(f"{data_dir}: {tokens:,} tokens ({manifest['encoding']}), {documents:,} documents")
     print(f"shards              {len(paths):,} ({splits.count('val'):,} val, {splits.count('train'):,} train)")
     print(f"tokens per document {tokens / max(1, documents):,.1f}")

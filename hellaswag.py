@@ -169,12 +169,10 @@ def prepare(rows, encode, max_length=1024, style="completion") -> list[Example]:
         text, ending_texts = row_texts(row, style)
         if style == "completion":
             context, endings = encode(text), [encode(" " + ending) for ending in ending_texts]
-            divisors = [len(ending) for ending in endings]
         else:
             # The harness splits the tokens of the joined text. A final space of the context belongs to the ending.
             context = encode(text.rstrip())
             endings = [encode(f"{text} {ending}")[len(context) :] for ending in ending_texts]
-            divisors = [len(ending) for ending in ending_texts]
         name = f"HellaSwag row {number + 1}"
         if not context or not all(endings):
             raise UserError(f"{name} has a text without tokens. Remove it, or use another model")
@@ -183,6 +181,7 @@ def prepare(rows, encode, max_length=1024, style="completion") -> list[Example]:
         packs = [(context, endings)]
         if width(packs) > max_length:
             packs = [(context[max(0, width([(context, [e])]) - max_length) :], [e]) for e in endings]
+        divisors = list(map(len, endings if style == "completion" else ending_texts))
         examples.append(Example(number, packs, divisors, row["label"]))
     return examples
 
@@ -332,16 +331,9 @@ def trunk_and_head(model):
     """Return the two callables that `evaluate` takes, for a GPT2LMHeadModel of transformers."""
 
     def trunk(ids, position_ids, mask):
-        call = model.transformer(input_ids=ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
-        return call.last_hidden_state
+        return model.transformer(ids, position_ids=position_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     return trunk, model.get_output_embeddings()
-
-
-def render(text, endings, answer) -> str:
-    """Show a row: the loss of each ending, divided as acc_norm requires, and the resulting choice."""
-    lines = [f"  {i} (loss {answer.normed[i]:.4f}) {ending}" for i, ending in enumerate(endings)]
-    return "\n".join([text, *lines, f"predicted {choice(answer.normed)}, actual {answer.example.label}\n"])
 
 
 def report(counts, style) -> str:
@@ -390,9 +382,9 @@ def command(
         raise UserError(f"--limit {limit} must be above 0. To score all rows, leave it out")
     device, model = pick_device(device), newest_checkpoint(model)
     rows = find_rows(file, limit, style)
-    if save and Path(save).resolve() == Path(file).resolve():
-        raise UserError(f"--save {save} would overwrite the rows. Give another name")
     if save:  # if the file cannot be written, fail now and not after the work
+        if save.resolve() == file.resolve():
+            raise UserError(f"--save {save} would overwrite the rows. Give another name")
         save_answers(save, rows, [], style, mode="a")
     note = "" if len(rows) == FULL_ROWS else f" (not all {FULL_ROWS:,}: do not compare with published results)"
     print(f"{model} on {device}, {len(rows):,} rows of {file}{note}, {style} style\n", flush=True)
@@ -401,7 +393,9 @@ def command(
     callables, (encode, _) = trunk_and_head(gpt), load_tokenizer(model, gpt.config.vocab_size)
     examples = prepare(rows, encode, gpt.config.n_positions, style)
     for answer in ask(*callables, examples[:3], device=device):  # show what the model is asked, and its answers
-        print(render(*row_texts(rows[answer.example.number], style), answer))
+        text, endings = row_texts(rows[answer.example.number], style)
+        print(text, *(f"  {i} (loss {answer.normed[i]:.4f}) {endings[i]}" for i in range(4)), sep="\n")
+        print(f"predicted {choice(answer.normed)}, actual {answer.example.label}\n")
     start = time.perf_counter()
     answers = list(ask(*callables, examples, device=device))
     print(f"{len(rows):,} rows in {time.perf_counter() - start:.1f} s")

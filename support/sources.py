@@ -119,9 +119,9 @@ def hub_tasks(name: str, config: str | None, revision: str) -> Iterator[Task]:
         raise UserError(f"{name}:{config or ''} {reason}: check --source and the network") from error
     if all(text_format(file) in SUFFIXES for file in files):
         yield from file_tasks(files)
-        return
-    rows = load_dataset(name, config, split="train", streaming=True, revision=revision)
-    yield from batched(require_texts((row.get("text") for row in rows), name))
+    else:
+        rows = load_dataset(name, config, split="train", streaming=True, revision=revision)
+        yield from batched(require_texts((row.get("text") for row in rows), name))
 
 
 def file_tasks(paths: Iterable[str]) -> Iterator[Task]:
@@ -243,8 +243,7 @@ def require_texts(texts: Iterable[str | None], origin: str, rows_before: int = 0
 
 def unreadable(origin: str, row: int, error: Exception) -> UserError:
     """Return the error for a failed read. If the source is not a local file, trying again may help."""
-    local = Path(origin).exists()
-    fix = "check --source" if local else "check the network and run the same command again to continue"
+    fix = "check --source" if Path(origin).exists() else "check the network and run the same command again to continue"
     return UserError(f"{origin} cannot be read after row {row} ({one_line(error)}): {fix}")
 
 
