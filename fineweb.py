@@ -44,7 +44,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from support.common import UserError, atomic_write, exit_on_error, locked, one_line
+from support.common import UserError, atomic_write, exit_on_error, locked, one_line, tolerant_output
 from support.sources import MANIFEST_NAME, Task, hub_dataset, open_source, read_texts
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
@@ -695,7 +695,7 @@ def main() -> None:
     """Run the command line. Exit codes: 2 for a user error, 130 for Ctrl-C."""
     import tyro
 
-    with exit_on_error():
+    with tolerant_output(), exit_on_error():
         try:
             tyro.cli(command, use_underscores=True)
         except OSError as error:  # a source that cannot be read is a UserError, so this is the output folder

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 import time
 import urllib.request
@@ -40,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.checkpoints import load_tokenizer, newest_checkpoint, open_gpt2
-from support.common import UserError, exit_on_error, one_line, pick_device
+from support.common import UserError, exit_on_error, one_line, pick_device, tolerant_output
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 FILE = Path(__file__).parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -410,10 +409,9 @@ def main() -> None:
     """Run the command line. The exit code is 2 for a user error and 130 for Ctrl-C."""
     import tyro
 
-    with exit_on_error():
+    with tolerant_output(), exit_on_error():
         tyro.cli(command, use_underscores=True)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a row may contain characters that the terminal cannot show
     main()

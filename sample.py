@@ -136,5 +136,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream cannot be reconfigured, and shows all characters
+        sys.stdout.reconfigure(errors="replace")
     main()

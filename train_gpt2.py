@@ -1164,6 +1164,7 @@ def parse_command_line(arguments):
 
 def run(arguments):
     """Check the command line, join the other processes, and train. Raises UserError and Stopped."""
+    distributed.join_slurm()
     model_config, config = parse_command_line(arguments)
     if errors := config_errors(model_config, config):
         # only the machine's first process prints them
@@ -1179,7 +1180,7 @@ def run(arguments):
 def main(arguments=None):
     """Train as the command line says. Exit codes: 2 for a user error, 75 for a run that a signal stopped."""
     exit_code = 0
-    with common.exit_on_error():
+    with common.tolerant_output(), common.exit_on_error():
         try:
             run(sys.argv[1:] if arguments is None else arguments)
         except Stopped:
@@ -1196,5 +1197,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may contain what the terminal cannot show
     main()

@@ -1,5 +1,6 @@
 """Output and model folders: find checkpoints, open any GPT-2 and its tokenizer, save, and resume."""
 
+import hashlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support.common import UserError, flush_to_disk, one_line
+from support.common import UserError, atomic_write, flush_to_disk, one_line
 
 HINT = "Give a Hub name, the folder of a Hugging Face GPT-2 or an output folder of train_gpt2.py"
 
@@ -74,6 +75,7 @@ def open_gpt2(name: str | Path, flag: str = "--model", exactly: bool = False):
     transformers = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
+        check_sha256(name, "model.safetensors")
         if config.model_type != "gpt2":
             raise UserError(f"its model_type is {config.model_type}, but gpt2 is required")
         if exactly:
@@ -184,6 +186,24 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
+def file_sha256(path):
+    """Return the sha256 of a file as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(folder, *names):
+    """Raise ValueError if a file differs from the folder's SHA256SUMS. Folders of earlier versions have none."""
+    sums = Path(folder, "SHA256SUMS")
+    known = dict(line.split("  ", 1)[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
+    for name in names:
+        if name in known and file_sha256(Path(folder, name)) != known[name]:
+            raise ValueError(f"{name} has changed since it was written, as its SHA256SUMS shows")
+
+
 def save_checkpoint(out_dir, step, weights, state, shape, encoding):
     """Write OUT/checkpoints/step_NNNNNN and return it: a Hugging Face GPT-2 folder with training_state.pt in it.
 
@@ -197,6 +217,8 @@ def save_checkpoint(out_dir, step, weights, state, shape, encoding):
         save_tokenizer(encoding, temporary, shape["block_size"])
         with open(temporary / "training_state.pt", "wb") as file:
             torch.save(state, file)
+        lines = [f"{file_sha256(temporary / name)}  {name}\n" for name in ("model.safetensors", "training_state.pt")]
+        (temporary / "SHA256SUMS").write_text("".join(lines))
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
         os.replace(temporary, final)
@@ -289,6 +311,7 @@ def load_newest(out_dir):
     damaged = {}
     for folder in reversed(list_checkpoints(out_dir)):
         try:
+            check_sha256(folder, "model.safetensors", "training_state.pt")
             state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
             if missing := needed - state.keys():
                 raise ValueError(f"its training_state.pt has no {min(missing)}")
@@ -354,11 +377,22 @@ def out_dir_errors(out_dir, resume, overwrite, init_from):
 def prepare_out_dir(out_dir, damaged, resumed, overwrite):
     """Remove unfinished saves from an output folder, rename damaged checkpoints, and delete a run to overwrite.
 
-    Only checkpoints, log.txt, curve.png and tracker_id are touched. Raises UserError if another run has appeared.
+    Only checkpoints, log.txt, curve.png and tracker_id are touched. Raises UserError if another run has appeared, or if
+    the file system cannot do what saving a checkpoint needs.
     """
     out_dir = Path(out_dir)
     for unfinished in out_dir.glob("checkpoints/.step_*"):
         shutil.rmtree(unfinished, ignore_errors=True)
+    probe = out_dir / "checkpoints" / ".step_probe"
+    try:  # everything that saving a checkpoint does
+        probe.mkdir(parents=True, exist_ok=True)
+        with atomic_write(probe / "file", "give another --out_dir") as file:
+            file.write(b"probe")
+        os.replace(probe, probe.with_name(".step_probed"))
+        flush_to_disk(probe.parent)
+        shutil.rmtree(probe.with_name(".step_probed"))
+    except OSError as error:
+        raise UserError(f"checkpoints cannot be saved in {out_dir} ({error}): give another --out_dir") from error
     for folder in damaged:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)

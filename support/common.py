@@ -1,5 +1,6 @@
 """What every program here needs: user errors, exit codes, flags, device and precision, atomic writes, the lock."""
 
+import errno
 import io
 import math
 import os
@@ -24,6 +25,46 @@ def one_line(error: BaseException) -> str:
 def warn(message: str) -> None:
     """Print a line on stderr about something that the program continues without."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class TolerantStream:
+    """A text stream that never fails: it replaces characters that it cannot encode, and drops text after an error.
+
+    A run must outlive its terminal (EIO) and the program that reads its output, such as `head` (EPIPE).
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, function, *values):
+        try:
+            function(*values)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            with suppress(OSError, ValueError):  # a notebook's stream has no descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # or Python would fail as it exits
+
+
+@contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Make sys.stdout and sys.stderr streams that never fail, for the time of a `with` block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(TolerantStream, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 @contextmanager
@@ -134,11 +175,15 @@ def atomic_write(path: Path, fix: str) -> Iterator[io.BufferedWriter]:
 
 def flush_to_disk(path: Path) -> None:
     """Make the contents of a file, or the names in a folder, survive a power failure."""
-    if path.is_dir() and os.name != "posix":
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":
         return  # Windows cannot flush folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise  # some network file systems cannot flush folders
     finally:
         os.close(descriptor)
 
@@ -147,7 +192,7 @@ def flush_to_disk(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file, whose folder is created. Raises UserError if another process holds it.
 
-    The operating system releases the lock of a process that is killed.
+    The operating system releases the lock of a process that is killed. A file system without locks gets a warning.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -158,6 +203,11 @@ def locked(path: Path) -> Iterator[None]:
             f"another run is writing to {path.parent}: wait for it to end, or give another --out_dir "
             f"(if no other run exists, delete {path})"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        without_locks = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+        if isinstance(error, OSError) and error.errno not in without_locks:
+            raise
+        warn(f"{path.parent} is on a file system without locks: do not start a second run into it")
     try:
         yield
     finally:

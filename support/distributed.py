@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Record SIGTERM, SIGINT or SIGUSR1 inside a `with` block, so that the run can stop where it can save its state.
+    """Record SIGTERM, SIGHUP, SIGINT or SIGUSR1 inside a `with` block, so that the run can stop and save its state.
 
     A second signal ends the process at once, even if it hangs, because a thread watches for it. A signal within half a
     second of the first is ignored: a scheduler may signal torchrun and its processes, and torchrun passes it on.
@@ -36,8 +36,13 @@ class StopSignal:
         self.received = None  # the signal's name
 
     def __enter__(self):
-        names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
+        self.handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread can handle signals
+        names = ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1")  # Windows has only two of them
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        if os.name == "posix" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # started by nohup, to continue without a terminal
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         self.writer, reader = socket.socketpair()
         self.writer.setblocking(False)
@@ -47,8 +52,9 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        self.writer.close()
+        if self.handlers:
+            signal.set_wakeup_fd(-1)
+            self.writer.close()
 
     def _watch(self, reader):
         first = math.inf
@@ -90,6 +96,28 @@ def join_processes(rank, world_size, device):
         timeout=TIMEOUT,
         device_id=device if on_gpu else None,
     )
+
+
+def join_slurm():
+    """Let `srun --ntasks N python train_gpt2.py` start N processes of one run, as torchrun does, on one machine.
+
+    Sets torchrun's environment variables. Raises UserError if the tasks are on several machines.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks == 1 or "RANK" in os.environ:
+        return
+    if int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
+        fix = "give srun --ntasks-per-node=1, and start torchrun --nnodes … --rdzv_endpoint … train_gpt2.py with it"
+        raise UserError(f"srun has started {tasks} tasks on several machines, which do not know each other: {fix}")
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(tasks),
+        "MASTER_ADDR": "localhost",
+        # a port that other steps on this machine do not use
+        "MASTER_PORT": str(20000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"])) % 10000),
+    }
 
 
 def fresh_store(rank):
