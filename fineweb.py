@@ -413,7 +413,7 @@ def next_position(manifest: dict) -> dict:
     return list(manifest["shards"].values())[-1]["end"] if manifest["shards"] else {"task": 0, "tokens": 0}
 
 
-def check_continuation(arrays: Iterator, out_dir: Path, manifest: dict, stale: dict) -> Iterator[np.ndarray]:
+def continued_arrays(arrays: Iterator, out_dir: Path, manifest: dict, stale: dict) -> Iterator[np.ndarray]:
     """Yield the arrays, after a check that they continue the last shard. Then delete the `stale` shards.
 
     Raises UserError, before anything is deleted, if the source's text has changed.
@@ -511,7 +511,7 @@ def prepare(
         share = math.inf if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
         if done < share:
             arrays = encode_all(tasks, encoding, workers or count_cores())
-            write_shards(check_continuation(arrays, out_dir, manifest, stale), out_dir, manifest, share)
+            write_shards(continued_arrays(arrays, out_dir, manifest, stale), out_dir, manifest, share)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"

@@ -52,13 +52,13 @@ def command(
     name, device = newest_checkpoint(model), pick_device(device)
     gpt = GPT.from_pretrained(name, flag="--model").to(device).eval()
     if not all(parameter.isfinite().all() for parameter in gpt.parameters()):
-        raise UserError(f"--model {model} has weights that are not finite. Give an earlier checkpoint")
+        raise UserError(f"--model {model} has weights that are not finite: give an earlier checkpoint")
     if int8:
         quantize(gpt)
     encode, decode = load_tokenizer(name, gpt.config.vocab_size)
     ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)  # (B, T)
     if not ids.size(1):
-        raise UserError("the prompt has no tokens in the model's tokenizer. Give another --prompt or --prompt_file")
+        raise UserError("the prompt has no tokens in the model's tokenizer: give another --prompt or --prompt_file")
     generator = torch.Generator(device).manual_seed(seed)
     show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode)
 
@@ -86,11 +86,11 @@ def read_prompt(prompt: str, path: str | None) -> str:
             prompt = data.decode().replace("\r\n", "\n").removesuffix("\n")  # editors and echo add the last line break
         prompt.encode()  # raises if the shell passed bytes that are not text
     except UnicodeError:
-        raise UserError(f"{source} is not UTF-8 text. Convert it to UTF-8") from None
+        raise UserError(f"{source} is not UTF-8 text: convert it to UTF-8") from None
     except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}). Give another file") from error
+        raise UserError(f"{source} cannot be read ({error.strerror}): give another file") from error
     if not prompt:
-        raise UserError(f"{source} is empty, but samples need a beginning. Give some text")
+        raise UserError(f"{source} is empty, but samples need a beginning: give some text")
     return prompt
 
 
@@ -101,7 +101,7 @@ def quantize(gpt: GPT) -> None:
 
         config = Int8WeightOnlyConfig(version=2)
     except (ImportError, TypeError) as error:  # TypeError: this torchao is too old to know version 2
-        raise UserError(f"--int8 needs torchao ({one_line(error)}). Install it: pip install -U torchao") from error
+        raise UserError(f"--int8 needs torchao ({one_line(error)}): install it: pip install -U torchao") from error
     quantize_(gpt, config)  # the token embedding stays in float32, because each token reads only one row of it
 
 
@@ -130,7 +130,7 @@ def main() -> None:
             tyro.cli(command, use_underscores=True)
             sys.stdout.flush()
         except torch.OutOfMemoryError:
-            raise UserError("the GPU memory is too small. Give fewer --num_samples, or --device cpu") from None
+            raise UserError("the GPU memory is too small: give fewer --num_samples, or --device cpu") from None
         except BrokenPipeError:  # the program that reads our output, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -15,7 +15,7 @@ import torch
 
 from support.common import UserError, atomic_write, flush_to_disk, one_line
 
-HINT = "Give a Hub name, the folder of a Hugging Face GPT-2 or an output folder of train_gpt2.py"
+HINT = "give a Hub name, the folder of a Hugging Face GPT-2 or an output folder of train_gpt2.py"
 
 
 def list_checkpoints(out_dir: str | Path) -> list[Path]:
@@ -33,7 +33,7 @@ def newest_checkpoint(model: str, flag: str = "--model") -> str:
     if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
         return model
     if not (checkpoints := list_checkpoints(model)):
-        raise UserError(f"{flag} {model} contains neither config.json nor checkpoints/step_NNNNNN. {HINT}")
+        raise UserError(f"{flag} {model} contains neither config.json nor checkpoints/step_NNNNNN: {HINT}")
     return str(checkpoints[-1])
 
 
@@ -92,7 +92,7 @@ def open_gpt2(name: str | Path, flag: str = "--model", exactly: bool = False):
         if unusable := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
             raise UserError(f"the weight {min(unusable)} is missing or has another shape")
     except Exception as error:  # a broken folder raises OSError, SafetensorError, KeyError and more
-        raise UserError(f"{flag} {name} cannot be opened: {one_line(error).rstrip('.')}. {HINT}") from error
+        raise UserError(f"{flag} {name} cannot be opened: {one_line(error).rstrip('.')}: {HINT}") from error
     return model
 
 
@@ -115,8 +115,8 @@ def load_tokenizer(name: str, vocab_size: int, flag: str = "--model") -> tuple[C
         return encoding.encode_ordinary, encoding.decode
     except Exception as error:  # from a broken file, the Hub or the download of GPT-2's vocabulary
         reason = one_line(error).rstrip(".")
-        fix = "Put the tokenizer files of the model into its folder, or give another model"
-        raise UserError(f"the tokenizer of {flag} {name} cannot be opened: {reason}. {fix}") from error
+        fix = "put the tokenizer files of the model into its folder, or give another model"
+        raise UserError(f"the tokenizer of {flag} {name} cannot be opened: {reason}: {fix}") from error
 
 
 # --- save -------------------------------------------------------------------------------------------------------------
