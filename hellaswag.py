@@ -48,9 +48,9 @@ FULL_ROWS = 10_042  # rows of the official validation file
 HEAD_PARTS = {"cpu": 2, "cuda": 8, "mps": 8}
 CONTEXT_FIELDS = {"completion": ["ctx"], "harness": ["activity_label", "ctx_a", "ctx_b"]}
 
-# acc / acc_norm over all rows. GPT-2's 124M and 1558M are from build-nanogpt's hellaswag.py, which quotes EleutherAI's for
-# harness. The others are from its notebook, whose 124M is 0.2945: ten rows less, a quarter of the standard error.
-# GPT-3's are from its paper (Brown et al. 2020, table H.1), which uses its own wording.
+# acc / acc_norm over all rows. GPT-2's 124M and 1558M are from build-nanogpt's hellaswag.py, which quotes EleutherAI's
+# for harness. The others are from its notebook, where the 124M has 0.2945: ten rows less, a quarter of the standard
+# error. GPT-3's are from its paper (Brown et al. 2020, table H.1), which uses its own wording.
 PUBLISHED = {
     "completion": "GPT-2 124M 0.2859 / 0.2955, 350M - / 0.3752, 774M - / 0.4320, 1558M 0.3842 / 0.4893",
     "harness": "GPT-2 124M 0.2892 / 0.3114, 1558M 0.4004 / 0.5089",

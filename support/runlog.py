@@ -10,8 +10,9 @@ import torch
 
 from support.common import atomic_write, one_line, warn
 
-# OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm (both from
-# build-nanogpt's notebook; its hellaswag.py reports 0.2955 for the 124M), and GPT-3's HellaSwag (its paper). Each panel always shows its first three; others if the run is near.
+# OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
+# of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
+# shows its first three lines, and the others if the run comes near them.
 REFERENCES = {
     "val": {"GPT-2 124M": 3.2924},
     "hella": {"chance": 0.25, "GPT-2 124M": 0.294463, "GPT-3 125M": 0.337, "GPT-2 350M": 0.375224, "GPT-3 350M": 0.436,
