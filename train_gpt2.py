@@ -11,7 +11,7 @@ In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only d
 Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
 
 The file follows the lecture: configuration, model, data, optimizers, devices, training step, evaluation, training loop,
-command line. support/ holds what a first reading can skip: the files of a run, its log, several processes, FSDP.
+command line. support/ holds what a first reading can skip: checkpoints.py, runlog.py, distributed.py (FSDP, signals).
 
 Shapes in the comments: B sequences of a batch ("rows"), T tokens of a sequence, C channels (n_embd), nh heads
 (n_head), hs channels of a head (C = nh * hs), V ids of the vocabulary.
@@ -61,16 +61,16 @@ class GPTConfig:
 
     block_size: int = flag(1024, above=0)  # positions: the longest sequence that the model can read (GPT-2)
     vocab_size: tyro.conf.Suppress[int] = flag(50257, "free")  # true size, given by the data; the last is <|endoftext|>
-    n_layer: int = flag(12, above=0)  # blocks (GPT-2)
-    n_head: int = flag(12, above=0)  # attention heads of a block (GPT-2)
-    n_embd: int = flag(768, above=0)  # channels (GPT-2)
-    flash: bool = flag(True, "free")  # fused attention kernel; off: write the causal mask out, to read and time it
-    dropout: float = flag(0.0, "named")  # share of activations zeroed, for text read many times (GPT-1)
+    n_layer: int = flag(12, above=0)  # number of transformer blocks (GPT-2)
+    n_head: int = flag(12, above=0)  # attention heads in each block (GPT-2)
+    n_embd: int = flag(768, above=0)  # width of the model (channels) (GPT-2)
+    flash: bool = flag(True, "free")  # use the fused attention kernel; off: plain products, to study and time
+    dropout: float = flag(0.0, "named")  # share of activations set to zero in training, for data that repeats (GPT-1)
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding: a multiple of 128, which matrix units are fastest with (50257 -> 50304)."""
-        return -(-self.vocab_size // 128) * 128
+        """Rows of the embedding: a multiple of 128, because GPUs multiply such sizes fastest (50257 -> 50304)."""
+        return math.ceil(self.vocab_size / 128) * 128
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,26 @@ class TrainConfig:
     init_from: str | None = flag(None, "named")  # start from this Hugging Face name, model folder or output folder
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
-    override: tuple[str, ...] = flag((), "free")  # flags that this resumed run may change, such as max_steps or lr
+    override: tuple[str, ...] = flag((), "free")  # names of flags whose change is allowed when resuming: max_steps lr
     seed: int = flag(1337, "named")  # seed of the initialization, the shuffle and dropout (lecture)
 
-    max_steps: int = flag(19073, "named", at_least=0)  # updates: 10B tokens, about one epoch of sample-10BT (lecture)
-    total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, all processes: 2**19 ~ 0.5M (GPT-3)
-    # sequences computed at once by a process; auto: as many as fit, up to 65,536 tokens on a GPU, 4,096 elsewhere
+    max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
+    total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, over all processes (GPT-3: 0.5M)
+    # sequences computed at once by a process; auto: as many as fit, up to 65536 tokens on a GPU, 4096 elsewhere
     micro_batch: int | Literal["auto"] = flag("auto", "free", above=0)
     seq_len: int = flag(1024, above=0)  # tokens of a sequence, at most block_size (GPT-2)
     shuffle: bool = flag(True, "named")  # permute shards and sequences differently in each epoch; off: lecture's order
 
     optimizer: Literal["adamw", "muon"] = flag("adamw")  # muon: for the blocks' matrices, with AdamW for the rest
     lr: float = flag(6e-4, "named", above=0)  # peak learning rate (GPT-3)
-    schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3)
-    min_lr_ratio: float = flag(0.1, "named")  # final learning rate, as a share of the peak (GPT-3)
-    warmup_steps: int = flag(715, "named", at_least=0)  # linear warmup: 375M tokens (GPT-3)
+    schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3: cosine)
+    min_lr_ratio: float = flag(0.1, "named")  # final learning rate, as a share of the peak (GPT-3: 0.1)
+    warmup_steps: int = flag(715, "named", at_least=0)  # updates in which the learning rate rises (GPT-3: 375M tokens)
     weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
-    grad_clip: float = flag(1.0, "named", at_least=0)  # largest norm of the whole gradient, 0 for no limit (GPT-3)
+    grad_clip: float = flag(1.0, "named", at_least=0)  # scale a larger gradient down to this norm; 0: never (GPT-3)
     betas: tuple[float, float] = flag((0.9, 0.95), "named")  # decay rates of AdamW's two moving averages (GPT-3)
     eps: float = flag(1e-8, "named", above=0)  # epsilon of AdamW (GPT-3)
-    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many skipped updates in a row (float16: a few)
+    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many in a row with a loss that is not finite
 
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # auto: cuda, else mps, else cpu
     # precision of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
@@ -112,16 +112,16 @@ class TrainConfig:
     activation_checkpointing: bool = flag(False, "free")  # compute each block twice: less memory, more time
 
     eval_interval: int = flag(250, "free", above=0)  # steps between evaluations (lecture)
-    val_tokens: int = flag(10_485_760, "free", above=0)  # tokens of the validation loss (modded-nanogpt)
+    val_tokens: int = flag(10_485_760, "free", above=0)  # tokens that measure the validation loss (modded-nanogpt)
     save_interval: int = flag(5000, "free", above=0)  # steps between checkpoints; the last is always saved (lecture)
-    keep_checkpoints: int = flag(5, "free", above=0)  # the newest ones stay, older ones are deleted (lecture: 4)
+    keep_checkpoints: int = flag(5, "free", above=0)  # number of newest checkpoints to keep (lecture: 4)
     sample_interval: int = flag(250, "free", at_least=0)  # steps between samples, 0 for none (lecture)
     prompt: str = flag("Hello, I'm a language model,", "free")  # start of the samples (lecture)
     num_samples: int = flag(4, "free", above=0)  # samples each time (lecture)
-    max_new_tokens: int = flag(24, "free", above=0)  # tokens after the prompt: 32 with its eight (lecture)
+    max_new_tokens: int = flag(24, "free", above=0)  # tokens to generate after the prompt (lecture)
     sample_seed: int = flag(42, "free")  # seed of the samples, which have their own random generator (lecture)
-    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: do not score HellaSwag
-    tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # receives log.txt's values; pip install it
+    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: no HellaSwag score
+    tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # also send log.txt's values to this package
 
 
 # GPT-2's paper gives no learning rates, so these are the rates of GPT-3's models of about the same size. All attention
@@ -249,7 +249,7 @@ class Block(nn.Module):
         return x
 
 
-HEAD_TOKENS = 4096  # tokens whose logits exist at once: 0.4 GB in bfloat16, and four times that for what follows
+HEAD_TOKENS = 4096  # tokens whose logits exist at once: 0.4 GB in bfloat16, and four times that for float32 copies
 
 
 def head_loss(states, weight, targets, vocab_size):
@@ -271,16 +271,17 @@ def head_loss(states, weight, targets, vocab_size):
         loss = loss + F.nll_loss(log_p, labels, reduction="sum")
         if torch.is_grad_enabled():
             onehot = (ids == labels[:, None]).to(dtype)
-            logits_grad = log_p.exp_().sub_(onehot).mul_((labels != -100)[:, None]).to(dtype)
+            logits_grad = log_p.exp_().sub_(onehot)  # softmax - onehot, in the memory of log_p
+            logits_grad = logits_grad.mul_((labels != -100)[:, None]).to(dtype)
             states_grads.append(logits_grad @ constant_weight)
             weight_grad += logits_grad.t() @ chunk
             del onehot, logits_grad
         del logits, log_p  # free them before the next chunk needs the memory
     loss = loss / count
     if torch.is_grad_enabled():
-        # Autograd saw only constants above. `linear` has exactly the gradients that were computed: d linear / d states
-        # is states_grads / count, and the same for weight. Adding linear - linear.detach(), which is zero, gives them
-        # to the loss without changing its value. (DDP's graph splitter does not accept a torch.autograd.Function here.)
+        # Autograd saw only constants above, so it is given the gradients: the derivative of `linear` by states is
+        # states_grads / count, by weight weight_grad / count. linear - linear.detach() is zero, so the loss keeps its
+        # value. (A torch.autograd.Function would say this more plainly, but the compiler rejects it under DDP.)
         linear = ((states * torch.cat(states_grads)).sum() + (weight * weight_grad).sum()) / count
         loss = loss + (linear - linear.detach())
     return loss
@@ -387,8 +388,8 @@ class GPT(nn.Module):
             else:
                 probabilities = F.softmax(likeliest / max(temperature, 1e-6), dim=-1)  # less than 1e-6 could overflow
                 if top_p < 1:
-                    likelier = probabilities.cumsum(-1) - probabilities  # the probability of all ids before each
-                    probabilities = probabilities.masked_fill(likelier >= top_p, 0)
+                    before = probabilities.cumsum(-1) - probabilities  # total probability of the likelier ids
+                    probabilities = probabilities.masked_fill(before >= top_p, 0)
                 next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))
             idx = torch.cat((idx, next_id), dim=1)
             yield next_id
@@ -445,8 +446,8 @@ class DataLoaderLite:
 
     All shards of a split form one stream of tokens. Row i holds the T+1 tokens from i*T on, because the last one is the
     target of the one before it. So rows cross the borders of shards, and only the last partial row is dropped. In each
-    epoch, shuffling permutes the shards, and then the rows within each group of shards, which has SHUFFLE_ROWS rows or
-    up to one shard more. So reads stay local, and a corpus of many small shards is still mixed well.
+    epoch, shuffling permutes the shards, joins neighbors into groups of about SHUFFLE_ROWS rows, and permutes the rows
+    of each group. So reads stay local, and a corpus of many small shards is still mixed well.
     `position`, the number of rows that all processes together have consumed, is the entire state of the loader.
     Raises UserError for shards that are missing, damaged or too short.
     """
@@ -467,17 +468,18 @@ class DataLoaderLite:
                 f"{T}: add more text with python fineweb.py, or lower --seq_len"
             )
         # a row belongs to the shard in which it starts: shard k has the rows first_row[k] … first_row[k+1]-1
-        self.first_row = np.minimum(-(-self.starts // T), self.num_rows)
+        self.first_row = np.minimum((self.starts + T - 1) // T, self.num_rows)
         self.position = 0
-        self._groups = lru_cache(maxsize=2)(self._draw_groups)  # 2: one batch may need the end of one and the next
+        self._groups = lru_cache(maxsize=2)(self._draw_groups)  # 2: a batch may cross from one to the next
         self._row_order = lru_cache(maxsize=2)(self._draw_row_order)
 
     def _draw_groups(self, epoch):
         """Return an epoch's groups of shard numbers, and for each group the number of rows before it."""
         # RandomState, not default_rng: its stream never changes, so a run can be repeated with any later numpy
         order = np.random.RandomState([self.seed, epoch]).permutation(len(self.shards))
-        rows_before = np.cumsum([0, *np.diff(self.first_row)[order]])[:-1]  # before each shard, in this order
-        cuts = np.flatnonzero(np.diff(rows_before // self.SHUFFLE_ROWS)) + 1
+        sizes = np.diff(self.first_row)[order]  # rows of each shard
+        rows_before = np.cumsum(sizes) - sizes
+        cuts = np.flatnonzero(np.diff(rows_before // self.SHUFFLE_ROWS)) + 1  # where a group starts
         return np.split(order, cuts), rows_before[[0, *cuts]]
 
     def _draw_row_order(self, epoch, group):
@@ -491,7 +493,7 @@ class DataLoaderLite:
         epoch, i = divmod(position, self.num_rows)
         if not self.shuffle:
             return i
-        rows_before = self._groups(epoch)[1]
+        _, rows_before = self._groups(epoch)
         group = int(np.searchsorted(rows_before, i, side="right")) - 1  # the last group that starts at i or before
         return int(self._row_order(epoch, group)[i - rows_before[group]])
 
@@ -518,7 +520,7 @@ class DataLoaderLite:
             self._read_tokens(self._row_index(position) * self.T, row)
         tokens = torch.from_numpy(tokens)
         if self.device.type == "cuda":
-            tokens = tokens.pin_memory()  # or the host would wait for the copy and for all work queued before it
+            tokens = tokens.pin_memory()  # so that the copy runs in the background; otherwise the CPU waits for the GPU
         tokens = tokens.to(self.device, non_blocking=tokens.is_pinned()).long()
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -537,7 +539,7 @@ def orthogonalize(matrices):
     x = matrices.bfloat16()
     x = x.mT if x.size(1) > x.size(2) else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):  # maps each singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, which moves small ones to 1
+    for _ in range(5):  # each round maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: all come near 1
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
@@ -584,9 +586,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def configure_optimizers(model, config):
-    """Return the optimizers that --optimizer names; each parameter belongs to one of them. A new one is added here.
-
-    Weight decay applies to matrices and embeddings, not to biases and layer norms.
+    """Return the optimizers that --optimizer names; each parameter belongs to one. A new one is added here and to the
+    names of --optimizer. All have train_step's learning rate. Biases and layer norms have no weight decay.
     """
     matrices, decayed, undecayed = [], [], []
     for name, parameter in model.named_parameters():
@@ -604,7 +605,7 @@ def configure_optimizers(model, config):
 
 
 def get_lr(step, config):
-    """Return the learning rate of an update: linear warmup, then down to min_lr_ratio * lr at max_steps (GPT-3)."""
+    """Return the learning rate of an update, which train_step sets: linear warmup, then down to min_lr_ratio * lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if step >= config.max_steps:
@@ -701,14 +702,14 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
         with distributed.gradient_sync(model, on=micro_step == grad_accum_steps - 1):
             with runtime.autocast():
                 _, loss = model(x, y)
-            # backward passes add gradients, and the sum over micro-batches is not the mean over the batch: divide first
+            # backward() adds gradients up; dividing each loss makes their sum the mean over the batch
             loss = loss / grad_accum_steps
             scaler.scale(loss).backward()
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-    # the only time in a step that the host waits for the device
+    # the only time in a step that the host waits for the device; averaging the norm too keeps this to one transfer
     loss, norm = (sum_over_ranks(torch.stack([loss_sum, norm]), runtime.device) / runtime.world_size).tolist()
     is_finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all processes
     for optimizer in optimizers:
@@ -796,7 +797,7 @@ def evaluate(step, training, config, runtime):
     last_step = step == config.max_steps
     evaluates = step % config.eval_interval == 0 or last_step
     samples = step > 0 and config.sample_interval and (step % config.sample_interval == 0 or last_step)
-    scores = evaluates and training.hellaswag_rows
+    scores = bool(evaluates and training.hellaswag_rows)
     results, parts = {}, [f"step {step:5d}"]
 
     def measure(name, function, *arguments):
@@ -886,7 +887,7 @@ def load_checkpoint(config, runtime):
     state, weights, damaged = checkpoints.load_newest(config.out_dir) if config.resume else (None, None, {})
     for folder, reason in damaged.items() if runtime.rank == 0 else ():
         common.warn(f"{folder} is damaged: {reason}")
-    step = state and state["step"]
+    step = state["step"] if state else None
     if from_rank0(step, runtime.device) != step:
         raise UserError(f"the processes see different checkpoints in {config.out_dir}: use a folder that all share")
     return state, weights, damaged
@@ -926,7 +927,7 @@ def set_up(model_config, config, runtime, state, weights):
     """Return the parts of a new run, or of the one with this training state and these weights. Raises UserError."""
     torch.manual_seed(config.seed)
     encoding = fineweb.get_encoding(fineweb.read_manifest(config.data_dir)["encoding"])
-    layout = 1, config.seq_len, runtime.rank, runtime.world_size  # B is 1 until it is known how many rows fit
+    layout = 1, config.seq_len, runtime.rank, runtime.world_size  # B is set below, by pick_micro_batch
     loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed, runtime.device)
     val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False, device=runtime.device)
     fingerprint = {"encoding": encoding.name, **fineweb.fingerprint(val_loader.paths + loader.paths)}
@@ -957,10 +958,9 @@ def train(model_config, config, runtime):
     """Set up, run all steps and wait for the last checkpoint. Raises Stopped after a signal and the final save."""
     state, weights, damaged = load_checkpoint(config, runtime)
     training = set_up(model_config, config, runtime, state, weights)
-    resumed_step = state and state["step"]
+    resumed_step = state["step"] if state else None
     print_run(training, config, runtime, resumed_step)
-    evaluated = open_output(training, config, damaged, resumed_step) if runtime.rank == 0 else None
-    evaluated = from_rank0(evaluated, runtime.device)
+    evaluated = from_rank0(runtime.rank == 0 and open_output(training, config, damaged, resumed_step), runtime.device)
     start = Start(resumed_step, state["skipped"], evaluated) if state else Start()
     del state, weights
     output = config.out_dir, config.keep_checkpoints, asdict(training.raw_model.config), training.encoding

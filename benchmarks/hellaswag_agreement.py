@@ -127,7 +127,7 @@ def variants(folder, into):
     yield "trained", Path(folder)
     for name, positions in (("random", None), ("random, 80 positions", 80)):
         copy = Path(into) / name.replace(", ", "_").replace(" ", "_")
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("training_state.pt", "*.safetensors"))
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("training_state.pt", "*.safetensors", "SHA256SUMS"))
         config = transformers.GPT2Config.from_pretrained(folder)
         config.n_positions = positions or config.n_positions
         torch.manual_seed(0)

@@ -201,11 +201,12 @@ def check_sha256(folder, *names):
     known = dict(line.split("  ", 1)[::-1] for line in sums.read_text().splitlines()) if sums.exists() else {}
     for name in names:
         if name in known and file_sha256(Path(folder, name)) != known[name]:
-            raise ValueError(f"{name} has changed since it was written, as its SHA256SUMS shows")
+            raise ValueError(f"{name} differs from its SHA256SUMS (delete that file if you changed the weights)")
 
 
 def save_checkpoint(out_dir, step, weights, state, shape, encoding):
-    """Write OUT/checkpoints/step_NNNNNN and return it: a Hugging Face GPT-2 folder with training_state.pt in it.
+    """Write OUT/checkpoints/step_NNNNNN and return it: a Hugging Face GPT-2 folder (config.json, model.safetensors and
+    the tokenizer's files) with training_state.pt, which a resumed run needs, and SHA256SUMS of both.
 
     The folder has a name that starts with a dot until all of it is on the disk: a folder with its final name is
     complete, whatever happens. A save that fails leaves nothing. Raises whatever the disk or a library raises.
@@ -360,7 +361,9 @@ def data_differences(before, now, data_dir, out_dir, override):
 def out_dir_errors(out_dir, resume, overwrite, init_from):
     """Return a line for each reason why a run cannot write to an output folder."""
     out_dir = Path(out_dir).resolve()
-    existing = next(path for path in (out_dir, *out_dir.parents) if os.path.exists(path))  # False if it is hidden
+    existing = next(
+        path for path in (out_dir, *out_dir.parents) if os.path.exists(path)
+    )  # False if permissions hide it
     if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         fix = "change its permissions, or name another folder"
         return [f"--out_dir {out_dir} cannot be created, because {existing} is not a writable folder: {fix}"]

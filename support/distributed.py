@@ -223,7 +223,9 @@ def fits_in_memory(model, B, T, autocast, fsdp):
     gradients. The whole weights and gradients of this pass count towards that.
     """
     fits, device = True, next(model.parameters()).device
-    reserved = max(0, 4 / dist.get_world_size() + 1 - 2) if fsdp else 3  # in multiples of the parameters
+    reserved = (
+        max(0, 4 / dist.get_world_size() + 1 - 2) if fsdp else 3
+    )  # times the parameters: 4 shares + 1 earlier gradient - 2 of this pass
     try:
         ballast = torch.empty(int(reserved * model.num_params()), device=device)
         tokens = torch.zeros(B, T, dtype=torch.long, device=device)
@@ -240,7 +242,7 @@ def fits_in_memory(model, B, T, autocast, fsdp):
 
 
 def gather(tensor):
-    """Return the whole of a sharded tensor, for which all processes must call this, or any other tensor as it is."""
+    """Return the whole of a sharded tensor (all processes must call this together), or any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -273,7 +275,7 @@ def shard_like(parameter, value):
 
 
 def whole_model(model, model_class):
-    """Return a sharded GPT as a plain one in float32, for which all processes must call this; a plain one as it is."""
+    """Return a sharded GPT as a plain one in float32 (all processes must call this together), a plain one unchanged."""
     if not hasattr(model, "unshard"):
         return model
     with torch.device("meta"):
@@ -287,7 +289,7 @@ def whole_model(model, model_class):
 
 @contextmanager
 def gradient_sync(model, on):
-    """Average the gradients of a backward pass over the processes, or leave that to a later pass.
+    """Choose whether this backward pass averages the gradients over the processes (the sum, divided by their number).
 
     Gradients add up locally, so only the last micro-step of an update has to communicate. A plain model ignores this.
     """

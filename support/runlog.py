@@ -89,7 +89,7 @@ def cut_log(path, step):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept, evaluated = [], False
     for line in lines:
-        number, stream, *_ = [*line.split(), "", ""]
+        number, stream, *_ = [*line.split(), "", ""]  # padded, because a broken line may be empty
         evaluation = number == str(step) and stream in ("val", "hella")
         if number.isdigit() and (int(number) < step or evaluation) and line.endswith("\n"):
             kept.append(line)

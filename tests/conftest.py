@@ -27,6 +27,8 @@ elif "TIKTOKEN_CACHE_DIR" not in os.environ and (package := importlib.util.find_
         shutil.copy(Path(package.origin).parent / "data" / name, Path(cache, key))
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pytest workers share the machine; before torch is imported
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the programs that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it, and their children
 
 
