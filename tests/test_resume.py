@@ -406,7 +406,7 @@ def test_second_signal_ends_at_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("largest", [100_000, 200_000])  # bytes: too few for the weights, or for the training state
 def test_failing_saves(interrupted, undisturbed, text_shards, tmp_path, run_script, largest):
-    """A disk with no room: said at once, nothing half-written stays, the old checkpoint does, and training goes on."""
+    """A disk with no room: an error, nothing half-written stays, the old checkpoint does. Training continues."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
@@ -415,13 +415,12 @@ def test_failing_saves(interrupted, undisturbed, text_shards, tmp_path, run_scri
     run = Program(*flags, preexec_fn=limit)
     assert run.end() == 2
     failures = [
-        line for line in run.lines if re.match(r"error: saving step \d+ failed, .*(too large|No space)", line, re.I)
+        line for line in run.lines if re.match(r"error: saving step \d+ failed: .*(too large|No space)", line, re.I)
     ]
     steps = [int(re.search(r"\d+", line)[0]) for line in failures]
     assert steps[0] == 30 and steps[-1] == 40 and len(steps) >= 2, run.text  # the last right after one that failed
     assert (
-        run.lines[-1].startswith(f"error: {interrupted} lacks the checkpoint of step 40")
-        and "Traceback" not in run.text
+        run.lines[-1].startswith(f"error: {interrupted} has no checkpoint of step 40") and "Traceback" not in run.text
     )
     assert steps_saved(interrupted) == ["step_000010", "step_000020"]
     done = run_script("train_gpt2.py", *TINY, "--data_dir", text_shards, "--out_dir", interrupted, "--resume")
