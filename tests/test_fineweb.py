@@ -81,7 +81,7 @@ def test_shards_equal_a_plain_loop_byte_for_byte(tmp_path, workers, shard_tokens
     assert manifest["documents"] == len(texts)
 
 
-@pytest.mark.parametrize("method, workers", [("fork", 4), ("spawn", 2)])
+@pytest.mark.parametrize("method, workers", [("fork", 4), pytest.param("spawn", 2, marks=pytest.mark.slow)])
 def test_real_parquet_equals_a_plain_loop(tmp_path, shared_data, method, workers):
     """Guards the start method of macOS and Windows. The original fails there, because it has no main guard."""
     script = tmp_path / "spawned.py"

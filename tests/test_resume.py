@@ -465,7 +465,7 @@ def test_full_disk(undisturbed, text_shards, tmp_path, run_script):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt"])
+@pytest.mark.parametrize("file", [pytest.param("model.safetensors", marks=pytest.mark.slow), "training_state.pt"])
 def test_truncated_checkpoint(interrupted, text_shards, tmp_path, run_script, file, capsys):
     """The newest is named and the one before it used; asked for by its path it is an error; with no other, too."""
     broken = interrupted / "checkpoints" / "step_000020"

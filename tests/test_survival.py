@@ -67,30 +67,30 @@ def test_sighup_saves_like_sigterm(start, tmp_path):
 def test_nohup_is_respected(start, tmp_path):
     """nohup starts a program with SIGHUP ignored, so that it survives its terminal."""
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-    run = start("--max_steps", 300, "--save_interval", 100_000, stdout=subprocess.PIPE, text=True, **ignore)
+    run = start("--max_steps", 80, "--save_interval", 100_000, stdout=subprocess.PIPE, text=True, **ignore)
     wait_for_step(run, 3)
     run.send_signal(signal.SIGHUP)
     run.communicate(timeout=60)
-    assert run.returncode == 0 and finished_steps(tmp_path / "out") == ["step_000300"]
+    assert run.returncode == 0 and finished_steps(tmp_path / "out") == ["step_000080"]
 
 
 def test_a_closed_pipe_does_not_end_the_run(start, tmp_path):
     """`python train_gpt2.py | head` closes the pipe (EPIPE) while the run has much to print."""
-    run = start("--max_steps", 300, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = start("--max_steps", 80, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(run, 3)
     run.stdout.close()
-    assert run.wait(60) == 0 and "step_000300" in finished_steps(tmp_path / "out")
+    assert run.wait(60) == 0 and "step_000080" in finished_steps(tmp_path / "out")
     assert run.stderr.read() == ""
 
 
 def test_a_lost_terminal_does_not_end_the_run(start, tmp_path):
     """The output of a run whose terminal is gone fails with EIO."""
     terminal, side = os.openpty()
-    run = start("--max_steps", 300, stdout=side, stderr=side)
+    run = start("--max_steps", 80, stdout=side, stderr=side)
     os.close(side)
     os.read(terminal, 1)
     os.close(terminal)
-    assert run.wait(60) == 0 and "step_000300" in finished_steps(tmp_path / "out")
+    assert run.wait(60) == 0 and "step_000080" in finished_steps(tmp_path / "out")
 
 
 def test_output_that_cannot_show_a_character(start, tmp_path):
@@ -181,6 +181,7 @@ def test_a_flipped_bit_is_noticed(text_shards, tmp_path, main, capsys):
 # --- srun -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_join_one_run(start, tmp_path):
     """The same losses as one process has, in one log."""
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3"}

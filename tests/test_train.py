@@ -601,6 +601,7 @@ def test_hellaswag_in_training(web_shards, hellaswag_rows, run_script, tmp_path)
     assert bad.returncode == 2 and "bad.jsonl:1" in bad.stderr and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
 def test_trains_without_hellaswag_offline(web_shards, run_script, tmp_path):
     """Without the file and without a network, training says so in one line and goes on."""
     if Path(TrainConfig.hellaswag_file).exists():
