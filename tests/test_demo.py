@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from support.runlog import read_log
 from train_gpt2 import GPT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]  # the demo uses all cores, so it runs alone
 ROOT = Path(__file__).parent.parent
 
 
