@@ -772,8 +772,7 @@ def hellaswag_accuracy(raw_model, rows, runtime):
         runtime.stop.raise_if_received()  # all ranks call it equally often
         return raw_model.trunk(*inputs)
 
-    ranks = runtime.rank, runtime.world_size
-    counts = hellaswag.evaluate(trunk, raw_model.head, None, rows, *ranks, device=runtime.device)
+    counts = hellaswag.evaluate(trunk, raw_model.head, None, rows, runtime.rank, runtime.world_size, runtime.device)
     total, correct_norm = sum_over_ranks(torch.tensor([counts.total, counts.correct_norm]), runtime.device).tolist()
     return correct_norm / total
 
@@ -990,8 +989,9 @@ def run_steps(start, training, config, runtime, writer):
                 break
             start_time = time.perf_counter()  # after evaluation and saving: tok/s is the speed of training alone
             with runtime.stop.covers_compiler():
-                parts = training.model, training.optimizers, training.scaler, training.loader
-                loss, norm = train_step(*parts, step, config, runtime)
+                loss, norm = train_step(
+                    training.model, training.optimizers, training.scaler, training.loader, step, config, runtime
+                )
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
             report_step(step, loss, norm, skipped, time.perf_counter() - start_time, training, config, runtime)
             if skipped == config.max_skipped_steps:
@@ -1069,17 +1069,15 @@ def print_run(training, config, runtime, resumed_step):
 def config_errors(m, c):
     """Return a line for everything that is wrong with a GPTConfig and a TrainConfig, before any work starts."""
     errors = common.range_errors(m) + common.range_errors(c)
-    errors = errors or relation_errors(m, c)  # whose arithmetic needs numbers in range
+    named = {line.split()[0] for line in errors}  # a flag that is out of its range has its line already
+    errors += [line for line in relation_errors(m, c) if not named & {*line.split()}]
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     # a folder that only has the tracker's name, as wandb creates one, has no origin
     installed = c.tracker == "none" or getattr(importlib.util.find_spec(c.tracker), "origin", None)
     checks = [
         (not 0 <= m.dropout < 1, f"--dropout is {m.dropout}: it must be 0 or more, and less than 1"),
         (not 0 <= c.min_lr_ratio <= 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
-        (
-            not all(0 <= b < 1 for b in c.betas),
-            f"--betas {c.betas[0]} {c.betas[1]}: each must be in [0, 1)",
-        ),
+        (not all(0 <= b < 1 for b in c.betas), f"--betas are {c.betas}: each must be 0 or more, and less than 1"),
         (not 0 <= c.seed < 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),
         (not 0 <= c.sample_seed < 2**64, f"--sample_seed is {c.sample_seed}: it must be from 0 to 2**64 - 1"),
         (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
@@ -1096,12 +1094,12 @@ def config_errors(m, c):
 def relation_errors(m, c):
     """Return a line for each number of a GPTConfig and a TrainConfig that is too large or does not fit another one."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    unit = c.seq_len * world_size  # the batch of an update must consist of whole sequences on each process
+    unit = max(1, c.seq_len) * world_size  # the batch of an update must consist of whole sequences on each process
     rows, remainder = divmod(c.total_batch_tokens, unit)
-    micro_batch = 1 if c.micro_batch == "auto" else c.micro_batch
+    micro_batch = 1 if c.micro_batch == "auto" else max(1, c.micro_batch)
     divisor = max((b for b in range(1, min(micro_batch, rows) + 1) if rows % b == 0), default=1)
     checks = [
-        (m.n_embd % m.n_head, f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
+        (m.n_embd % max(1, m.n_head), f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
         (c.seq_len > m.block_size and not c.init_from,
          f"--seq_len {c.seq_len} is more than --block_size {m.block_size}: lower the first"),
         (remainder or not rows, f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of --seq_len "

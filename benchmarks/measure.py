@@ -223,12 +223,17 @@ def revision(folder):
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
+def package_version(name):
+    """Return a package's name and version. torch's own version also names its build, such as +cpu or +cu130."""
+    return f"{name} {torch.__version__ if name == 'torch' else version(name)}"
+
+
 def describe(packages=("torch", "numpy"), machine=None):
     """Return the head of a report: command, machine, versions of the packages, and revision, all as text."""
     return {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "machine": f"{machine or machine_name()}, load average {os.getloadavg()[0]:.2f} before",
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(package_version, packages)]),
         "revision": revision(ROOT),
     }
 

@@ -28,8 +28,8 @@ def start(text_shards, tmp_path):
     """start(flags, **options) -> the process of a run into tmp_path/out, in the background."""
     started = []
 
-    def call(*flags, out="out", environment=None, **options):
-        command = [sys.executable, "-u", str(ROOT / "train_gpt2.py"), *TINY, "--data_dir", str(text_shards)]
+    def call(*flags, out="out", environment=None, launcher=("-u",), **options):
+        command = [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *TINY, "--data_dir", str(text_shards)]
         env = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
         flags = ["--out_dir", str(tmp_path / out), *map(str, flags)]
         started.append(subprocess.Popen([*command, *flags], env=env, **options))
@@ -61,6 +61,20 @@ def test_sighup_saves_like_sigterm(start, tmp_path):
     run.send_signal(signal.SIGHUP)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == EXIT_STOPPED and "continue with --resume" in output
+    assert len(finished_steps(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
+def test_sighup_to_torchrun_saves_too(start, tmp_path):
+    """torchrun passes the signal on to its processes, and has exit codes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = start(
+        "--max_steps", 100_000, "--save_interval", 100_000, stdout=subprocess.PIPE, text=True, launcher=launcher
+    )
+    wait_for_step(run, 3)
+    run.send_signal(signal.SIGHUP)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode != 0 and "continue with --resume" in output
     assert len(finished_steps(tmp_path / "out")) == 1
 
 

@@ -115,9 +115,20 @@ def test_all_mistakes_at_once(run_script, tmp_path):
         assert any(flag in line for line in lines), flag
     assert len(lines) == 10 and not any(tmp_path.iterdir())
     (tmp_path / "file").write_text("in the way")
-    flags = ["--lr", 0, "--n_layer", 0, "--data_dir", tmp_path / "none", "--out_dir", tmp_path / "file" / "out"]
+    flags = [
+        "--lr",
+        0,
+        "--n_layer",
+        0,
+        "--n_embd",
+        100,
+        "--data_dir",
+        tmp_path / "none",
+        "--out_dir",
+        tmp_path / "file" / "out",
+    ]
     lines = run_script("train_gpt2.py", "--device", "cpu", *flags).stderr.splitlines()
-    assert len(lines) == 4 and "out_dir" in lines[-1]
+    assert len(lines) == 5 and "out_dir" in lines[-1]  # one out of range hides no other
     unknown = run_script("train_gpt2.py", "--preset", "gpt4")
     assert unknown.returncode == 2 and unknown.stderr.startswith("error: --preset gpt4") and "demo" in unknown.stderr
 
