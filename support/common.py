@@ -31,21 +31,29 @@ class TolerantStream:
     """A text stream that never fails: it replaces characters that it cannot encode, and drops text after an error.
 
     A run must outlive its terminal (EIO) and the program that reads its output, such as `head` (EPIPE).
+    A line is written as a whole, because print() writes its end separately and other threads also print.
     """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.unwritten = stream, ""
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self._try(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+        self.unwritten += text
+        if text.endswith("\n"):
+            self._write()
         return len(text)
 
     def flush(self):
+        self._write()
         self._try(self.stream.flush)
+
+    def _write(self):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        text, self.unwritten = self.unwritten, ""
+        self._try(self.stream.write, text.encode(encoding, "replace").decode(encoding))
 
     def _try(self, function, *values):
         try:
@@ -63,7 +71,8 @@ def tolerant_output() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         sys.stdout, sys.stderr = before
 
 

@@ -1,5 +1,6 @@
 """What must not end or damage a run: a lost terminal, a closed pipe, a file system without locks, a flipped bit."""
 
+import io
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from helpers import ROOT
 
 import sample
 import train_gpt2
+from support.common import TolerantStream
 from support.distributed import EXIT_STOPPED, join_slurm
 from support.runlog import read_log
 
@@ -53,6 +55,20 @@ def finished_steps(out):
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_two_threads_do_not_mix():
+    """The thread that writes checkpoints prints its errors while the steps print theirs."""
+    written = []
+
+    class Pipe(io.StringIO):
+        def write(self, text):
+            written.append(text)
+
+    stream = TolerantStream(Pipe())
+    print("step 1", file=stream)
+    print("a token", end="", file=stream, flush=True)
+    assert written == ["step 1\n", "a token"]
 
 
 def test_sighup_saves_like_sigterm(start, tmp_path):
