@@ -252,39 +252,57 @@ class Block(nn.Module):
 HEAD_TOKENS = 4096  # tokens whose logits exist at once: 0.4 GB in bfloat16, and four times that for float32 copies
 
 
-def head_loss(states, weight, targets, vocab_size):
-    """Return the mean cross entropy, in nats, of the logits states (N, C) @ weight.T at targets (N), -100 left out.
+def chunk_loss(states, weight, targets, vocab_size, with_gradients):
+    """Return the summed cross entropy of a chunk of tokens, and its gradients with respect to states and weight."""
+    logits = states @ weight.t()  # (tokens of the chunk, padded V)
+    logits[:, vocab_size:] = float("-inf")  # the ids that pad the vocabulary have probability zero
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = F.nll_loss(log_p, targets, reduction="sum")
+    if not with_gradients:
+        return loss, None, None
+    onehot = (torch.arange(len(weight), device=states.device) == targets[:, None]).to(states.dtype)
+    logits_grad = log_p.exp_().sub_(onehot)  # softmax - onehot (Bridle 1990), in the memory of log_p
+    logits_grad = logits_grad.mul_((targets != -100)[:, None]).to(states.dtype)
+    # a sum over thousands of tokens could overflow in float16, and no loss scale would help: HeadLoss divides by 1/64
+    return loss, long_product(logits_grad, weight), logits_grad.t() @ (states / 64)
+
+
+def long_product(a, b):
+    """Return a @ b, on Apple GPUs in halves: an M1 or M2 errs in sums of 32,767 or more terms (PyTorch 193487)."""
+    half = a.size(1) // 2
+    return a[:, :half] @ b[:half] + a[:, half:] @ b[half:] if a.device.type == "mps" else a @ b
+
+
+class HeadLoss(torch.autograd.Function):
+    """The mean cross entropy, in nats, of the logits states (N, C) @ weight.T at targets (N), those of -100 left out.
 
     The logits would be by far the largest tensor of a step, because autograd keeps them for the backward pass. But
-    the gradient of the loss with respect to the logits, softmax - onehot (Bridle 1990), is known as soon as the logits
-    are. So each chunk of tokens computes its logits, its loss and its gradients at once, and its logits are freed.
+    their gradient is known as soon as they are. So the forward pass already computes the gradients of states and
+    weight, for one chunk of tokens after the other, and the logits of a chunk are freed before the next.
     """
-    device, count = states.device, (targets != -100).sum().clamp(min=1)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
-    constant_weight, constant_states = weight.detach().to(dtype), states.detach().to(dtype)
-    ids = torch.arange(len(weight), device=device)
-    loss, weight_grad, states_grads = 0.0, torch.zeros_like(weight, dtype=torch.float32), []
-    for chunk, labels in zip(constant_states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
-        logits = chunk @ constant_weight.t()  # (tokens of the chunk, padded V)
-        logits[:, vocab_size:] = float("-inf")  # the ids that pad the vocabulary have probability zero
-        log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        loss = loss + F.nll_loss(log_p, labels, reduction="sum")
-        if torch.is_grad_enabled():
-            onehot = (ids == labels[:, None]).to(dtype)
-            logits_grad = log_p.exp_().sub_(onehot)  # softmax - onehot, in the memory of log_p
-            logits_grad = logits_grad.mul_((labels != -100)[:, None]).to(dtype)
-            states_grads.append(logits_grad @ constant_weight)
-            weight_grad += logits_grad.t() @ chunk
-            del onehot, logits_grad
-        del logits, log_p  # free them before the next chunk needs the memory
-    loss = loss / count
-    if torch.is_grad_enabled():
-        # Autograd saw only constants above, so it is given the gradients: the derivative of `linear` by states is
-        # states_grads / count, by weight weight_grad / count. linear - linear.detach() is zero, so the loss keeps its
-        # value. (A torch.autograd.Function would say this more plainly, but the compiler rejects it under DDP.)
-        linear = ((states * torch.cat(states_grads)).sum() + (weight * weight_grad).sum()) / count
-        loss = loss + (linear - linear.detach())
-    return loss
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, vocab_size, chunk_loss, with_gradients):
+        device = states.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
+        loss, chunks = 0.0, zip(states.to(dtype).split(HEAD_TOKENS), targets.split(HEAD_TOKENS))
+        states_grads, weight_grad, weight = [], torch.zeros_like(weight, dtype=torch.float32), weight.to(dtype)
+        for chunk, labels in chunks:
+            chunk_sum, states_grad, chunk_weight_grad = chunk_loss(chunk, weight, labels, vocab_size, with_gradients)
+            loss = loss + chunk_sum
+            if with_gradients:
+                states_grads.append(states_grad)
+                weight_grad.add_(chunk_weight_grad, alpha=64)
+        count = (targets != -100).sum().clamp(min=1)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(states_grads), weight_grad, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, loss_grad):
+        states_grad, weight_grad, count = ctx.saved_tensors
+        scale = (loss_grad / count).view(1, 1)  # a tensor with dimensions makes the products float32, a number does not
+        return states_grad * scale, weight_grad * scale, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -294,6 +312,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.training_trunk, self.chunk_loss = self.trunk, chunk_loss
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -318,6 +337,12 @@ class GPT(nn.Module):
     def set_activation_checkpointing(self, on):
         """Choose whether training keeps the blocks' activations (faster) or computes them twice (less memory)."""
         self.activation_checkpointing = on
+
+    def compile_training(self, trunk):
+        """Compile what forward(idx, targets) runs, for batches of one shape: the loss and, if asked, the trunk."""
+        if trunk:
+            self.training_trunk = torch.compile(self.trunk, dynamic=False, fullgraph=True)
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=False, fullgraph=True)
 
     def num_params(self):
         """Count the parameters: tied weights once, the padding of the vocabulary not at all. 124,439,808 for GPT-2."""
@@ -349,14 +374,14 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Return (logits (B, T, V), None) of idx (B, T); with targets (B, T) return (None, loss).
 
-        The loss is the mean cross entropy, in nats and float32, over the targets that are not -100. head_loss explains
+        The loss is the mean cross entropy, in nats and float32, over the targets that are not -100. HeadLoss explains
         why no logits come with it.
         """
-        states = self.trunk(idx)
         if targets is None:
-            return self.head(states), None
-        weight, vocab_size = self.lm_head.weight, self.config.vocab_size
-        return None, head_loss(states.flatten(0, 1), weight, targets.flatten(), vocab_size)
+            return self.head(self.trunk(idx)), None
+        states, weight, vocab_size = self.training_trunk(idx).flatten(0, 1), self.lm_head.weight, self.config.vocab_size
+        how = self.chunk_loss, torch.is_grad_enabled()
+        return None, HeadLoss.apply(states, weight, targets.flatten(), vocab_size, *how)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
         """Continue each row of idx (B, T) by sampled ids: return (B, T + max_new_tokens).
@@ -653,13 +678,14 @@ def setup_runtime(config):
 
 def wrap_model(raw_model, runtime):
     """Return the model to train: compiled, and with several processes averaging its gradients over them."""
+    if runtime.compile:
+        raw_model.compile_training(trunk=not runtime.fsdp)
     if runtime.fsdp:
         return distributed.shard_model(raw_model, runtime.device.type, runtime.dtype, runtime.compile)
-    model = torch.compile(raw_model, dynamic=False, fullgraph=True) if runtime.compile else raw_model
-    if runtime.world_size > 1:
-        device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    return model
+    if runtime.world_size == 1:
+        return raw_model
+    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(raw_model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def rows_per_step(config, world_size):

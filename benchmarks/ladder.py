@@ -129,7 +129,11 @@ def build_rung(rung, args):
     else:
         optimizers = [torch.optim.AdamW(model.parameters(), betas=config.betas, eps=config.eps)]
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    return wrap_model(model, runtime), optimizers, scaler, loader, config, runtime
+    if rung == DEFAULT:
+        model = wrap_model(model, runtime)
+    elif runtime.compile:
+        model = torch.compile(model, dynamic=False, fullgraph=True)
+    return model, optimizers, scaler, loader, config, runtime
 
 
 def climb(rung, args):
