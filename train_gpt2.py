@@ -11,7 +11,7 @@ In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only d
 Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
 
 The file follows the lecture: configuration, model, data, optimizers, devices, training step, evaluation, training loop,
-command line. support/ holds what a first reading can skip: checkpoints.py, runlog.py, distributed.py (FSDP, signals).
+command line. support/ holds what a first reading can skip: loss.py, checkpoints.py, runlog.py, distributed.py (FSDP, signals).
 
 Shapes in the comments: B sequences of a batch ("rows"), T tokens of a sequence, C channels (n_embd), nh heads
 (n_head), hs channels of a head (C = nh * hs), V ids of the vocabulary.
@@ -48,6 +48,7 @@ import hellaswag
 from support import checkpoints, common, distributed, runlog
 from support.common import UserError, flag
 from support.distributed import EXIT_STOPPED, Stopped, StopSignal, any_rank, from_rank0, gather, sum_over_ranks
+from support.loss import chunk_loss, cross_entropy
 
 HERE = Path(__file__).resolve().parent
 
@@ -249,62 +250,6 @@ class Block(nn.Module):
         return x
 
 
-HEAD_TOKENS = 4096  # tokens whose logits exist at once: 0.4 GB in bfloat16, and four times that for float32 copies
-
-
-def chunk_loss(states, weight, targets, vocab_size, with_gradients):
-    """Return the summed cross entropy of a chunk of tokens, and its gradients with respect to states and weight."""
-    logits = states @ weight.t()  # (tokens of the chunk, padded V)
-    logits[:, vocab_size:] = float("-inf")  # the ids that pad the vocabulary have probability zero
-    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = F.nll_loss(log_p, targets, reduction="sum")
-    if not with_gradients:
-        return loss, None, None
-    onehot = (torch.arange(len(weight), device=states.device) == targets[:, None]).to(states.dtype)
-    logits_grad = log_p.exp_().sub_(onehot)  # softmax - onehot (Bridle 1990), in the memory of log_p
-    logits_grad = logits_grad.mul_((targets != -100)[:, None]).to(states.dtype)
-    # a sum over thousands of tokens could overflow in float16, and no loss scale would help: HeadLoss divides by 1/64
-    return loss, long_product(logits_grad, weight), logits_grad.t() @ (states / 64)
-
-
-def long_product(a, b):
-    """Return a @ b, on Apple GPUs in halves: an M1 or M2 errs in sums of 32,767 or more terms (PyTorch 193487)."""
-    half = a.size(1) // 2
-    return a[:, :half] @ b[:half] + a[:, half:] @ b[half:] if a.device.type == "mps" else a @ b
-
-
-class HeadLoss(torch.autograd.Function):
-    """The mean cross entropy, in nats, of the logits states (N, C) @ weight.T at targets (N), those of -100 left out.
-
-    The logits would be by far the largest tensor of a step, because autograd keeps them for the backward pass. But
-    their gradient is known as soon as they are. So the forward pass already computes the gradients of states and
-    weight, for one chunk of tokens after the other, and the logits of a chunk are freed before the next.
-    """
-
-    @staticmethod
-    def forward(ctx, states, weight, targets, vocab_size, chunk_loss, with_gradients):
-        device = states.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else states.dtype
-        loss, chunks = 0.0, zip(states.to(dtype).split(HEAD_TOKENS), targets.split(HEAD_TOKENS))
-        states_grads, weight_grad, weight = [], torch.zeros_like(weight, dtype=torch.float32), weight.to(dtype)
-        for chunk, labels in chunks:
-            chunk_sum, states_grad, chunk_weight_grad = chunk_loss(chunk, weight, labels, vocab_size, with_gradients)
-            loss = loss + chunk_sum
-            if with_gradients:
-                states_grads.append(states_grad)
-                weight_grad.add_(chunk_weight_grad, alpha=64)
-        count = (targets != -100).sum().clamp(min=1)
-        if with_gradients:
-            ctx.save_for_backward(torch.cat(states_grads), weight_grad, count)
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, loss_grad):
-        states_grad, weight_grad, count = ctx.saved_tensors
-        scale = (loss_grad / count).view(1, 1)  # a tensor with dimensions makes the products float32, a number does not
-        return states_grad * scale, weight_grad * scale, None, None, None, None
-
-
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019), with the parameter names of OpenAI and Hugging Face."""
 
@@ -374,14 +319,13 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Return (logits (B, T, V), None) of idx (B, T); with targets (B, T) return (None, loss).
 
-        The loss is the mean cross entropy, in nats and float32, over the targets that are not -100. HeadLoss explains
-        why no logits come with it.
+        The loss is the mean cross entropy, in nats and float32, over the targets that are not -100. No logits come with
+        it: see support/loss.py.
         """
         if targets is None:
             return self.head(self.trunk(idx)), None
-        states, weight, vocab_size = self.training_trunk(idx).flatten(0, 1), self.lm_head.weight, self.config.vocab_size
-        how = self.chunk_loss, torch.is_grad_enabled()
-        return None, HeadLoss.apply(states, weight, targets.flatten(), vocab_size, *how)
+        states, weight = self.training_trunk(idx).flatten(0, 1), self.lm_head.weight
+        return None, cross_entropy(states, weight, targets.flatten(), self.config.vocab_size, self.chunk_loss)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
         """Continue each row of idx (B, T) by sampled ids: return (B, T + max_new_tokens).
@@ -767,7 +711,7 @@ def validation_loss(model, loader, val_tokens, runtime):
         own = max(0, min(B, rows - first))  # may be 0 at the end: a sharded model needs all processes to call it
         x, y = loader.rows(range(first, first + B))
         y = y.clone()  # x and y are views of the same tokens
-        y[own:] = -100  # head_loss ignores these
+        y[own:] = -100  # cross_entropy ignores these
         with runtime.autocast():
             _, loss = model(x, y)
         losses.append(loss)

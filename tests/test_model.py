@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import support.loss
 import train_gpt2
 from support.common import UserError
 from train_gpt2 import GPT, PRESETS, GPTConfig, KVCache, TrainConfig, configure_optimizers
@@ -288,8 +289,8 @@ def test_loss_ignores_filled_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_in_chunks_is_the_plain_loss(dtype, monkeypatch):
-    """Guards the gradients that head_loss works out by itself, its padding, its ignored targets and its last chunk."""
-    monkeypatch.setattr(train_gpt2, "HEAD_TOKENS", 50)  # 4 * 32 targets are two chunks and a part of one
+    """Guards the gradients that the loss computes by itself, its padding, its ignored targets and its last chunk."""
+    monkeypatch.setattr(support.loss, "CHUNK", 50)  # 4 * 32 targets are two chunks and a part of one
     torch.manual_seed(0)
     model = GPT(TINY)
     ids = torch.randint(0, 1000, (4, 33))
@@ -312,9 +313,21 @@ def test_loss_in_chunks_is_the_plain_loss(dtype, monkeypatch):
         torch.testing.assert_close(model(x, y)[1], losses[0], atol=2e-6 if dtype == torch.float32 else 1e-2, rtol=0)
 
 
+def test_the_loss_in_float16_holds_sums_over_many_tokens():
+    """No loss scale divides the product that gives the embedding's gradient: one frequent token made it infinite."""
+    torch.manual_seed(0)
+    states = torch.full((4096, 8), 60.0, requires_grad=True)
+    weight = torch.zeros(128, 8, requires_grad=True)
+    targets = torch.zeros(4096, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.float16):
+        support.loss.cross_entropy(states, weight, targets, 128).backward()
+    expected = 60 * (1 / 128 - 1)  # mean over the tokens of state * (softmax - onehot)
+    torch.testing.assert_close(weight.grad[0], torch.full((8,), expected), rtol=2e-3, atol=0)
+
+
 def test_loss_keeps_no_logits(monkeypatch):
     """Guards the memory of a training step: of all that waits for the backward pass, nothing is as wide as the ids."""
-    monkeypatch.setattr(train_gpt2, "HEAD_TOKENS", 50)
+    monkeypatch.setattr(support.loss, "CHUNK", 50)
     model, widths = GPT(TINY), []
     ids = torch.randint(0, 1000, (4, 33))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: widths.append(t.shape) or t, lambda t: t):
