@@ -11,7 +11,7 @@ In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only d
 Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
 
 The file follows the lecture: configuration, model, data, optimizers, devices, training step, evaluation, training loop,
-command line. support/ holds what a first reading can skip: loss.py, checkpoints.py, runlog.py, distributed.py (FSDP, signals).
+command line. support/ holds what a first reading can skip, such as checkpoints.py and distributed.py (FSDP, signals).
 
 Shapes in the comments: B sequences of a batch ("rows"), T tokens of a sequence, C channels (n_embd), nh heads
 (n_head), hs channels of a head (C = nh * hs), V ids of the vocabulary.
