@@ -89,6 +89,8 @@ class TrainConfig:
 
     max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, over all processes (GPT-3: 0.5M)
+    batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows linearly to its full size
+    batch_ramp_from: int = flag(32768, "named", above=0)  # tokens of the first update, with --batch_ramp_steps (GPT-3)
     # sequences computed at once by a process; auto: as many as fit, up to 65536 tokens on a GPU, 4096 elsewhere
     micro_batch: int | Literal["auto"] = flag("auto", "free", above=0)
     seq_len: int = flag(1024, above=0)  # tokens of a sequence, at most block_size (GPT-2)
@@ -632,9 +634,17 @@ def wrap_model(raw_model, runtime):
     return DistributedDataParallel(raw_model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def rows_per_step(config, world_size):
-    """Return how many sequences each process computes for one update."""
-    return config.total_batch_tokens // (config.seq_len * world_size)
+def batch_tokens(step, config):
+    """Return the tokens of an update: total_batch_tokens, and before a ramp has ended a multiple of batch_ramp_from."""
+    if step >= config.batch_ramp_steps:
+        return config.total_batch_tokens
+    sizes = config.total_batch_tokens // config.batch_ramp_from
+    return config.batch_ramp_from * (1 + (sizes - 1) * step // config.batch_ramp_steps)
+
+
+def rows_per_step(step, config, world_size):
+    """Return how many sequences each process computes for an update. The first update has the fewest."""
+    return batch_tokens(step, config) // (config.seq_len * world_size)
 
 
 def pick_micro_batch(raw_model, config, runtime):
@@ -643,7 +653,7 @@ def pick_micro_batch(raw_model, config, runtime):
     """
     if config.micro_batch != "auto":
         return config.micro_batch
-    rows = rows_per_step(config, runtime.world_size)
+    rows = rows_per_step(0, config, runtime.world_size)
     most = min(rows, max(1, AUTO_TOKENS[runtime.device.type] // config.seq_len))
     for size in (size for size in range(most, 0, -1) if rows % size == 0):
         shape = size, config.seq_len, runtime.autocast(), config.fsdp
@@ -661,7 +671,7 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
 
     If one of the two is not finite, nothing is updated. Raises Stopped between micro-steps.
     """
-    grad_accum_steps = rows_per_step(config, runtime.world_size) // loader.B
+    grad_accum_steps = rows_per_step(step, config, runtime.world_size) // loader.B
     # dropout's masks depend only on the step and the process, so a resumed run draws the same ones
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, runtime.rank]).generate_state(1)[0]))
     loss_sum = torch.zeros((), device=runtime.device)
@@ -687,7 +697,8 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
             group["lr"] = get_lr(step, config)
         if is_finite:  # float16 may overflow: then no optimizer may update
             scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients are views of its buckets: after None, autograd would allocate them a second time
+        optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     scaler.update()
     return loss, norm
 
@@ -959,9 +970,7 @@ def run_steps(start, training, config, runtime, writer):
                 break
             start_time = time.perf_counter()  # after evaluation and saving: tok/s is the speed of training alone
             with runtime.stop.covers_compiler():
-                loss, norm = train_step(
-                    training.model, training.optimizers, training.scaler, training.loader, step, config, runtime
-                )
+                loss, norm = train_step_that_fits(step, training, config, runtime)
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
             report_step(step, loss, norm, skipped, time.perf_counter() - start_time, training, config, runtime)
             if skipped == config.max_skipped_steps:
@@ -977,6 +986,29 @@ def run_steps(start, training, config, runtime, writer):
         runtime.print0(f"stopped at step {step}: continue with --resume")
         distributed.barrier()  # torchrun ends all processes as soon as one has ended
         raise
+
+
+def train_step_that_fits(step, training, config, runtime):
+    """Do train_step. If memory does not suffice for --micro_batch auto, repeat it with fewer sequences at once.
+
+    Only a process that is alone can do so: the others would already wait for its gradients.
+    """
+    loader, weight = training.loader, training.raw_model.lm_head.weight
+    while True:
+        position, version = loader.position, weight._version
+        try:
+            return train_step(training.model, training.optimizers, training.scaler, loader, step, config, runtime)
+        except torch.OutOfMemoryError:
+            updated = weight._version != version  # no step may be done twice
+            if config.micro_batch != "auto" or runtime.world_size > 1 or loader.B == 1 or updated:
+                raise
+        # outside of `except`, which keeps the tensors of the failed step alive
+        rows = rows_per_step(0, config, runtime.world_size)
+        loader.B = training.val_loader.B = max(b for b in range(1, loader.B) if rows % b == 0)
+        loader.position = position
+        training.raw_model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        common.warn(f"out of GPU memory: training continues with micro-batches of {loader.B} sequences")
 
 
 def open_output(training, config, damaged, resumed_step):
@@ -1002,7 +1034,8 @@ def save(step, skipped, training, config, runtime, writer):
 
 def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
     """Print and log one update, or that it was skipped."""
-    lr, tok_s = get_lr(step, config), config.total_batch_tokens / seconds
+    lr, tokens = get_lr(step, config), batch_tokens(step, config)
+    tok_s = tokens / seconds
     line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
     line += f"tok/s: {tok_s:,.0f}"
     if peak := runlog.peak_flops(runtime.device):  # MFU: FLOPs that the model's mathematics needs / what GPUs can do
@@ -1012,15 +1045,17 @@ def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
         line += f" | update skipped, {skipped} in a row"
     runtime.print0(line)
     if runtime.rank == 0:
-        values = {"train": loss, "lr": lr, "norm": norm, "tok_s": tok_s} | ({"skipped": skipped} if skipped else {})
-        training.log.write(step, **values)
+        sometimes = {"skipped": skipped} if skipped else {}
+        sometimes |= {"tokens": tokens} if config.batch_ramp_steps else {}
+        training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **sometimes)
 
 
 def print_run(training, config, runtime, resumed_step):
     """Print the first lines of a run: what is trained, with which data and on which machine."""
     loader, m, world_size, print0 = training.loader, training.raw_model.config, runtime.world_size, runtime.print0
-    tokens, micro_steps = loader.num_rows * loader.T, rows_per_step(config, world_size) // loader.B
-    epochs, dtype = config.max_steps * config.total_batch_tokens / tokens, str(runtime.dtype).removeprefix("torch.")
+    tokens, micro_steps = loader.num_rows * loader.T, rows_per_step(config.max_steps, config, world_size) // loader.B
+    epochs = sum(batch_tokens(step, config) for step in range(config.max_steps)) / tokens
+    dtype = str(runtime.dtype).removeprefix("torch.")
     mode = ("sharded, " if runtime.fsdp else "") + ("compiled (slow first step)" if runtime.compile else "eager")
     size = f"{training.raw_model.num_params():,} parameters"
     print0(f"model: {size}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
@@ -1028,6 +1063,8 @@ def print_run(training, config, runtime, resumed_step):
     print0(f"data: {data}, {epochs:.2f} epochs in {config.max_steps} steps")
     layout = f"{loader.B} sequences x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
     print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}")
+    if config.batch_ramp_steps:
+        print0(f"batch ramp: from {batch_tokens(0, config):,} tokens, in {config.batch_ramp_steps} steps")
     print0(f"machine: {runtime.device}, {dtype}, torch {torch.__version__}, {platform.machine()}, {mode}")
     if resumed_step is not None:
         print0(f"resuming {config.out_dir} at step {resumed_step}")
@@ -1076,6 +1113,11 @@ def relation_errors(m, c):
                                 f"{c.seq_len} x {world_size} processes: {max(1, rows) * unit} is"),
         (rows and not remainder and rows % micro_batch, f"--micro_batch {micro_batch} does not divide a process's "
                                                         f"{rows} sequences of a batch: {divisor} does"),
+        (c.batch_ramp_steps and c.total_batch_tokens % c.batch_ramp_from,
+         f"--batch_ramp_from {c.batch_ramp_from} does not divide --total_batch_tokens {c.total_batch_tokens}"),
+        (c.batch_ramp_steps and c.batch_ramp_from % (unit * micro_batch),
+         f"--batch_ramp_from {c.batch_ramp_from} is not a multiple of --micro_batch {micro_batch} x --seq_len "
+         f"{c.seq_len} x {world_size} processes: {unit * micro_batch} is"),
         (c.warmup_steps > c.max_steps > 0, f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
         (c.val_tokens < c.seq_len, f"--val_tokens {c.val_tokens} is less than one sequence of --seq_len {c.seq_len}"),
     ]  # fmt: skip

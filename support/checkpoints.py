@@ -335,7 +335,7 @@ def flag_differences(before, now, out_dir, overridable, override):
     before: {name: value} of that run. now: of this run's flags that must agree. overridable: the flags that a resumed
     run can change if --override names them. override: those that it names.
     """
-    errors, before = [], {"dropout": 0.0, "betas": (0.9, 0.95), "eps": 1e-8} | before  # older checkpoints lack them
+    errors, before = [], OLDER_CHECKPOINTS | before
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and name not in override:
             way_out = f"allow it with --override {name}" if name in overridable else "start another --out_dir"

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fineweb
+import train_gpt2
 from support.common import pick_dtype
 from support.runlog import Log, draw_curve, read_log
 from train_gpt2 import (
@@ -28,6 +29,7 @@ from train_gpt2 import (
     Muon,
     Runtime,
     TrainConfig,
+    batch_tokens,
     configure_optimizers,
     get_lr,
     parse_command_line,
@@ -667,6 +669,63 @@ def test_compiled_run(web_shards, hellaswag_rows, run_script, tmp_path):
     assert two["train"][1] == pytest.approx(eager["train"][1], abs=1e-3)
     names = GPT.from_pretrained(tmp_path / "checkpoints" / "step_000020").state_dict()
     assert not any("_orig_mod" in name for name in names)
+
+
+def test_too_little_memory_for_a_step(text_shards, tmp_path, monkeypatch, capsys):
+    """A step that does not fit is repeated with smaller micro-batches: the run is the one with those from the start."""
+    flags = [
+        *SMALL[: SMALL.index("--micro_batch")],
+        *SMALL[SMALL.index("--micro_batch") + 2 :],
+        "--data_dir",
+        text_shards,
+    ]
+    wrap_model, tried = train_gpt2.wrap_model, []
+
+    def small_gpu(raw_model, runtime):
+        """A model that has memory for two sequences of a training step."""
+
+        def check(model, inputs):
+            if model.training:
+                tried.append(len(inputs[0]))
+                if len(inputs[0]) > 2:
+                    raise torch.OutOfMemoryError
+
+        raw_model.register_forward_pre_hook(check)
+        return wrap_model(raw_model, runtime)
+
+    train_gpt2.main([*map(str, flags), "--micro_batch", "2", "--out_dir", str(tmp_path / "given")])
+    monkeypatch.setattr(train_gpt2, "wrap_model", small_gpu)
+    train_gpt2.main([*map(str, flags), "--out_dir", str(tmp_path / "auto")])
+    assert tried[:3] == [8, 4, 2] and set(tried[3:]) == {2}
+    assert capsys.readouterr().err.count("training continues with micro-batches of") == 2
+    given, auto = (read_log(tmp_path / name / "log.txt") for name in ("given", "auto"))
+    assert auto["train"] == given["train"] and auto["norm"] == given["norm"]
+    with pytest.raises(SystemExit):
+        train_gpt2.main([*map(str, flags), "--micro_batch", "4", "--out_dir", str(tmp_path / "four")])
+    assert "give a smaller --micro_batch" in capsys.readouterr().err
+
+
+def test_batch_ramp(text_shards, tmp_path):
+    """The tokens of a step depend on nothing but the step, so a resumed run with other micro-batches is the same run."""
+    config = TrainConfig(total_batch_tokens=1024, batch_ramp_from=128, batch_ramp_steps=10)
+    assert [batch_tokens(step, config) for step in range(12)] == [
+        *(128 * n for n in (1, 1, 2, 3, 3, 4, 5, 5, 6, 7)),
+        1024,
+        1024,
+    ]
+    assert {batch_tokens(step, replace(config, batch_ramp_steps=0)) for step in range(12)} == {1024}
+    flags = [*SMALL, "--data_dir", text_shards, "--total_batch_tokens", 1024, "--batch_ramp_from", 128]
+    flags = [*map(str, flags), "--batch_ramp_steps", "10", "--max_steps", "14", "--save_interval", "5"]
+    train_gpt2.main([*flags, "--micro_batch", "2", "--out_dir", str(tmp_path / "whole")])
+    train_gpt2.main([*flags, "--micro_batch", "1", "--out_dir", str(tmp_path / "resumed"), "--max_steps", "5"])
+    more = ["--micro_batch", "2", "--out_dir", str(tmp_path / "resumed"), "--resume", "--override", "max_steps"]
+    train_gpt2.main([*flags, *more])
+    whole, resumed = (read_log(tmp_path / name / "log.txt") for name in ("whole", "resumed"))
+    assert whole["tokens"][1] == [batch_tokens(step, config) for step in range(14)]
+    assert whole["tokens"] == resumed["tokens"]
+    assert resumed["train"][1] == pytest.approx(whole["train"][1], abs=1e-5)
+    state = torch.load(tmp_path / "whole/checkpoints/step_000014/training_state.pt", weights_only=True)
+    assert state["loader"] * 64 == sum(whole["tokens"][1])
 
 
 def test_micro_batch_by_itself(text_shards, run_script, tmp_path):
