@@ -23,7 +23,6 @@ import importlib.util
 import inspect
 import math
 import os
-import platform
 import re
 import sys
 import time
@@ -48,6 +47,7 @@ import hellaswag
 from support import checkpoints, common, distributed, runlog
 from support.common import UserError, flag
 from support.distributed import EXIT_STOPPED, Stopped, StopSignal, any_rank, from_rank0, gather, sum_over_ranks
+from support.generation import KVCache, pick_next_id
 from support.loss import chunk_loss, cross_entropy
 
 HERE = Path(__file__).resolve().parent
@@ -115,7 +115,9 @@ class TrainConfig:
     activation_checkpointing: bool = flag(False, "free")  # compute each block twice: less memory, more time
 
     eval_interval: int = flag(250, "free", above=0)  # steps between evaluations (lecture)
-    val_tokens: int = flag(10_485_760, "free", above=0)  # tokens that measure the validation loss (modded-nanogpt)
+    # tokens that measure the validation loss; auto: 10485760 (modded-nanogpt), on a CPU about a minute of work
+    val_tokens: int | Literal["auto"] = flag("auto", "free", above=0)
+    log_interval: int = flag(1, "free", above=0)  # steps between printed lines; log.txt has all steps
     save_interval: int = flag(5000, "free", above=0)  # steps between checkpoints; the last is always saved (lecture)
     keep_checkpoints: int = flag(5, "free", above=0)  # number of newest checkpoints to keep (lecture: 4)
     sample_interval: int = flag(250, "free", at_least=0)  # steps between samples, 0 for none (lecture)
@@ -125,6 +127,7 @@ class TrainConfig:
     sample_seed: int = flag(42, "free")  # seed of the samples, which have their own random generator (lecture)
     hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: no HellaSwag score
     tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # also send log.txt's values to this package
+    dry_run: bool = flag(False, "free")  # check everything, print the plan and write nothing
 
 
 # GPT-2's paper gives no learning rates, so these are the rates of GPT-3's models of about the same size. All attention
@@ -156,7 +159,7 @@ PRESETS = {
             max_steps=1700, total_batch_tokens=16 * 128, seq_len=128,
             optimizer="muon", lr=0.014, min_lr_ratio=0.0, warmup_steps=50,
             eval_interval=600, save_interval=600, sample_interval=600,
-            prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none", compile="off",
+            prompt="\ndef ", num_samples=1, max_new_tokens=250, hellaswag_file="none", compile="off", log_interval=50,
         ),
     ),
 }  # fmt: skip
@@ -164,27 +167,11 @@ PRESETS = {
 FLAGS = {f.name: f.metadata for f in (*fields(GPTConfig), *fields(TrainConfig))}
 OVERRIDABLE = ["data_dir", *(name for name in FLAGS if FLAGS[name]["resume"] == "named")]
 DEMO_SHARD_TOKENS = 250_000  # the first shard is for validation: 2% of the standard library
+VAL_TOKENS = 10_485_760  # of --val_tokens auto
 AUTO_TOKENS = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # most tokens of --micro_batch auto (lecture: 64 x 1024)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """The keys and values of the tokens that a layer's attention has already read, at most N of them."""
-
-    def __init__(self, N):
-        self.N, self.length, self.keys, self.values = N, 0, None, None
-
-    def append(self, k, v):
-        """Store the keys and values of T more tokens, each (B, nh, T, hs), and return those of all tokens so far."""
-        if self.keys is None:
-            B, nh, _, hs = k.shape
-            self.keys, self.values = k.new_empty(B, nh, self.N, hs), v.new_empty(B, nh, self.N, hs)
-        first, self.length = self.length, self.length + k.size(2)
-        self.keys[:, :, first : self.length] = k
-        self.values[:, :, first : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -352,16 +339,7 @@ class GPT(nn.Module):
                 states = self.trunk(idx[:, read:], torch.arange(read, T, device=idx.device), caches=caches)
             else:  # the window moves, so each token's position changes and the cached keys are no longer valid
                 states = self.trunk(idx[:, -block_size:])
-            logits = self.head(states[:, -1]).float()  # (B, V)
-            likeliest, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), sorted
-            if temperature == 0:
-                next_id = ids[:, :1]
-            else:
-                probabilities = F.softmax(likeliest / max(temperature, 1e-6), dim=-1)  # less than 1e-6 could overflow
-                if top_p < 1:
-                    before = probabilities.cumsum(-1) - probabilities  # total probability of the likelier ids
-                    probabilities = probabilities.masked_fill(before >= top_p, 0)
-                next_id = ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+            next_id = pick_next_id(self.head(states[:, -1]).float(), temperature, top_k, top_p, generator)
             idx = torch.cat((idx, next_id), dim=1)
             yield next_id
 
@@ -634,6 +612,14 @@ def wrap_model(raw_model, runtime):
     return DistributedDataParallel(raw_model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
+def pick_val_tokens(model_config, config, device_type):
+    """Return --val_tokens, or for auto VAL_TOKENS; on a CPU at most a minute's work at 2e11 FLOP/s."""
+    if config.val_tokens != "auto":
+        return config.val_tokens
+    per_minute = 60 * 2e11 / (runlog.flops_per_token(model_config, config.seq_len) / 3)  # a third is forward
+    return max(config.seq_len, min(VAL_TOKENS, int(per_minute))) if device_type == "cpu" else VAL_TOKENS
+
+
 def batch_tokens(step, config):
     """Return the tokens of an update: total_batch_tokens, and before a ramp has ended a multiple of batch_ramp_from."""
     if step >= config.batch_ramp_steps:
@@ -827,6 +813,7 @@ class Training(NamedTuple):
     encoding: tiktoken.Encoding
     hellaswag_rows: list | None
     log: runlog.Log
+    clock: runlog.Clock
 
 
 def training_state(step, skipped, training, flags):
@@ -927,8 +914,9 @@ def set_up(model_config, config, runtime, state, weights):
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if state:
         restore(state, optimizers, scaler, loader)
-    loaders, log = (loader, val_loader), runlog.Log(config.out_dir)
-    return Training(raw_model, model, optimizers, scaler, *loaders, fingerprint, encoding, hellaswag_rows, log)
+    reports = runlog.Log(config.out_dir), runlog.Clock(config.max_steps)
+    data = loader, val_loader, fingerprint, encoding, hellaswag_rows
+    return Training(raw_model, model, optimizers, scaler, *data, *reports)
 
 
 # --- the training loop ------------------------------------------------------------------------------------------------
@@ -940,7 +928,10 @@ def train(model_config, config, runtime):
     training = set_up(model_config, config, runtime, state, weights)
     resumed_step = state["step"] if state else None
     print_run(training, config, runtime, resumed_step)
-    evaluated = from_rank0(runtime.rank == 0 and open_output(training, config, damaged, resumed_step), runtime.device)
+    if config.dry_run:
+        return runtime.print0("this was a dry run: nothing was trained or written")
+    opened = open_output(training, config, runtime, damaged, resumed_step) if runtime.rank == 0 else None
+    evaluated = from_rank0(opened, runtime.device)
     start = Start(resumed_step, state["skipped"], evaluated) if state else Start()
     del state, weights
     output = config.out_dir, config.keep_checkpoints, asdict(training.raw_model.config), training.encoding
@@ -950,8 +941,9 @@ def train(model_config, config, runtime):
             writer.finish()
         finally:
             training.log.finish()
-    runtime.print0(f"the log is {config.out_dir}/log.txt, its curve {config.out_dir}/curve.png")
-    runtime.print0(f"to read more samples: python sample.py --model {config.out_dir}")
+    if runtime.rank == 0:
+        tokens = sum(batch_tokens(step, config) for step in range(start.step, config.max_steps))
+        print(runlog.summary(training.log.path, tokens, training.clock, runtime.device))
 
 
 def run_steps(start, training, config, runtime, writer):
@@ -989,21 +981,18 @@ def run_steps(start, training, config, runtime, writer):
 
 
 def train_step_that_fits(step, training, config, runtime):
-    """Do train_step. If memory does not suffice for --micro_batch auto, repeat it with fewer sequences at once.
-
-    Only a process that is alone can do so: the others would already wait for its gradients.
-    """
+    """Do train_step. A process that is alone repeats it if memory does not suffice for --micro_batch auto."""
     loader, weight = training.loader, training.raw_model.lm_head.weight
     while True:
         position, version = loader.position, weight._version
         try:
             return train_step(training.model, training.optimizers, training.scaler, loader, step, config, runtime)
         except torch.OutOfMemoryError:
-            updated = weight._version != version  # no step may be done twice
+            updated = weight._version != version  # no update may happen twice
             if config.micro_batch != "auto" or runtime.world_size > 1 or loader.B == 1 or updated:
                 raise
         # outside of `except`, which keeps the tensors of the failed step alive
-        rows = rows_per_step(0, config, runtime.world_size)
+        rows = rows_per_step(0, config, 1)
         loader.B = training.val_loader.B = max(b for b in range(1, loader.B) if rows % b == 0)
         loader.position = position
         training.raw_model.zero_grad(set_to_none=True)
@@ -1011,13 +1000,15 @@ def train_step_that_fits(step, training, config, runtime):
         common.warn(f"out of GPU memory: training continues with micro-batches of {loader.B} sequences")
 
 
-def open_output(training, config, damaged, resumed_step):
+def open_output(training, config, runtime, damaged, resumed_step):
     """Prepare the output folder and the tracker. Return whether the log contains the resumed step's evaluation."""
     resumed = resumed_step is not None
     checkpoints.prepare_out_dir(config.out_dir, damaged, resumed, config.overwrite)
     evaluated = resumed and runlog.cut_log(training.log.path, resumed_step)
+    flags = {**asdict(training.raw_model.config), **asdict(config)}
+    training.log.describe(flags, runlog.device_name(runtime.device), runtime.world_size)
     if config.tracker != "none":
-        training.log.start_tracker(config.tracker, {**asdict(training.raw_model.config), **asdict(config)})
+        training.log.start_tracker(config.tracker, flags)
     return evaluated
 
 
@@ -1035,37 +1026,35 @@ def save(step, skipped, training, config, runtime, writer):
 def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
     """Print and log one update, or that it was skipped."""
     lr, tokens = get_lr(step, config), batch_tokens(step, config)
-    tok_s = tokens / seconds
-    line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
-    line += f"tok/s: {tok_s:,.0f}"
-    if peak := runlog.peak_flops(runtime.device):  # MFU: FLOPs that the model's mathematics needs / what GPUs can do
-        mfu = runlog.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / (peak * runtime.world_size)
-        line += f" | mfu: {mfu:.1%}"
-    if skipped:
-        line += f" | update skipped, {skipped} in a row"
-    runtime.print0(line)
+    tok_s, left = tokens / seconds, training.clock.time_left(step)
     if runtime.rank == 0:
-        sometimes = {"skipped": skipped} if skipped else {}
-        sometimes |= {"tokens": tokens} if config.batch_ramp_steps else {}
-        training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **sometimes)
+        rare = ({"skipped": skipped} if skipped else {}) | ({"tokens": tokens} if config.batch_ramp_steps else {})
+        training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **rare)
+    if step % config.log_interval == 0 or skipped:
+        flops = runlog.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / runtime.world_size
+        about = runlog.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", left
+        line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
+        runtime.print0(" | ".join(filter(None, (f"{line}tok/s: {tok_s:,.0f}", *about))))
 
 
 def print_run(training, config, runtime, resumed_step):
     """Print the first lines of a run: what is trained, with which data and on which machine."""
     loader, m, world_size, print0 = training.loader, training.raw_model.config, runtime.world_size, runtime.print0
-    tokens, micro_steps = loader.num_rows * loader.T, rows_per_step(config.max_steps, config, world_size) // loader.B
+    micro_steps = rows_per_step(config.batch_ramp_steps, config, world_size) // loader.B
+    tokens, val_tokens = loader.num_rows * loader.T, training.val_loader.num_rows * loader.T
     epochs = sum(batch_tokens(step, config) for step in range(config.max_steps)) / tokens
-    dtype = str(runtime.dtype).removeprefix("torch.")
     mode = ("sharded, " if runtime.fsdp else "") + ("compiled (slow first step)" if runtime.compile else "eager")
-    size = f"{training.raw_model.num_params():,} parameters"
-    print0(f"model: {size}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
+    n_params = training.raw_model.num_params()
+    print0(f"model: {n_params:,} parameters, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
     data = f"{tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}"
     print0(f"data: {data}, {epochs:.2f} epochs in {config.max_steps} steps")
     layout = f"{loader.B} sequences x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
-    print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}")
-    if config.batch_ramp_steps:
-        print0(f"batch ramp: from {batch_tokens(0, config):,} tokens, in {config.batch_ramp_steps} steps")
-    print0(f"machine: {runtime.device}, {dtype}, torch {torch.__version__}, {platform.machine()}, {mode}")
+    ramp = f", reached from {batch_tokens(0, config):,} in {config.batch_ramp_steps} steps"
+    print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}{ramp if config.batch_ramp_steps else ''}")
+    print0(
+        f"machine: {runlog.device_name(runtime.device)}, {str(runtime.dtype)[6:]}, torch {torch.__version__}, {mode}"
+    )
+    print0(f"evaluation: every {config.eval_interval} steps, on {min(config.val_tokens, val_tokens):,} tokens")
     if resumed_step is not None:
         print0(f"resuming {config.out_dir} at step {resumed_step}")
 
@@ -1090,6 +1079,7 @@ def config_errors(m, c):
         (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
         (c.resume and c.overwrite, "--resume and --overwrite exclude each other: give one of them"),
         (restarted and c.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
+        (c.dry_run and demo_lacks_shards(c), "--dry_run cannot create the demo's shards: start it once without"),
         (c.sample_interval and not c.prompt, "--prompt is empty: --sample_interval 0 turns samples off"),
     ]
     errors += [message for is_wrong, message in checks if is_wrong]
@@ -1113,13 +1103,12 @@ def relation_errors(m, c):
                                 f"{c.seq_len} x {world_size} processes: {max(1, rows) * unit} is"),
         (rows and not remainder and rows % micro_batch, f"--micro_batch {micro_batch} does not divide a process's "
                                                         f"{rows} sequences of a batch: {divisor} does"),
-        (c.batch_ramp_steps and c.total_batch_tokens % c.batch_ramp_from,
-         f"--batch_ramp_from {c.batch_ramp_from} does not divide --total_batch_tokens {c.total_batch_tokens}"),
-        (c.batch_ramp_steps and c.batch_ramp_from % (unit * micro_batch),
-         f"--batch_ramp_from {c.batch_ramp_from} is not a multiple of --micro_batch {micro_batch} x --seq_len "
-         f"{c.seq_len} x {world_size} processes: {unit * micro_batch} is"),
+        (c.batch_ramp_steps and (c.total_batch_tokens % c.batch_ramp_from or c.batch_ramp_from % (unit * micro_batch)),
+         f"--batch_ramp_from {c.batch_ramp_from} must divide --total_batch_tokens {c.total_batch_tokens} and be a "
+         f"multiple of {unit * micro_batch}, the tokens of a micro-batch on all processes"),
         (c.warmup_steps > c.max_steps > 0, f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
-        (c.val_tokens < c.seq_len, f"--val_tokens {c.val_tokens} is less than one sequence of --seq_len {c.seq_len}"),
+        (c.val_tokens != "auto" and c.val_tokens < c.seq_len,
+         f"--val_tokens {c.val_tokens} is less than one sequence of --seq_len {c.seq_len}"),
     ]  # fmt: skip
     return [message for is_wrong, message in checks if is_wrong]
 
@@ -1180,6 +1169,9 @@ def run(arguments):
         # only the machine's first process prints them
         raise UserError("\n".join(errors)) if os.environ.get("LOCAL_RANK", "0") == "0" else SystemExit(2)
     runtime = setup_runtime(config)
+    config = replace(config, val_tokens=pick_val_tokens(model_config, config, runtime.device.type))
+    if config.dry_run:
+        return train(model_config, replace(config, hellaswag_file="none"), runtime)
     with common.locked(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
         if runtime.rank == 0 and demo_lacks_shards(config):
             fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)

@@ -335,7 +335,7 @@ def flag_differences(before, now, out_dir, overridable, override):
     before: {name: value} of that run. now: of this run's flags that must agree. overridable: the flags that a resumed
     run can change if --override names them. override: those that it names.
     """
-    errors, before = [], OLDER_CHECKPOINTS | before
+    errors, before = [], {"dropout": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "batch_ramp_steps": 0} | before
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and name not in override:
             way_out = f"allow it with --override {name}" if name in overridable else "start another --out_dir"

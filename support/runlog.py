@@ -1,8 +1,16 @@
 """What a run records: log.txt, the curve that is drawn from it, a tracker such as wandb, and the use of the GPU."""
 
 import importlib
+import json
 import math
 import os
+import platform
+import re
+import shlex
+import subprocess
+import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +26,9 @@ REFERENCES = {
     "hella": {"chance": 0.25, "GPT-2 124M": 0.294463, "GPT-3 125M": 0.337, "GPT-2 350M": 0.375224, "GPT-3 350M": 0.436,
               "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
 }  # fmt: skip
+
+
+WEEK = 7 * 24 * 3600  # seconds
 
 
 class Log:
@@ -54,6 +65,18 @@ class Log:
             warn(f"training continues without {self.tracker.__name__}: {one_line(error)}")
             self.tracker = None
 
+    def describe(self, flags, device, world_size):
+        """Write OUT/run.json: what this run was started with. (config.json would make the folder look like a model.)"""
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        try:
+            revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            revision = ""
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "revision": revision or "unknown"}
+        about = {"flags": flags, "device": device, "processes": world_size, **versions}
+        with suppress(OSError), atomic_write(self.path.with_name("run.json"), "free some disk space") as file:
+            file.write(json.dumps(about, indent=2).encode())
+
     def write(self, step, **values):
         """Append one line for each value."""
         self._track("log", values, step=step)
@@ -70,6 +93,54 @@ class Log:
     def finish(self):
         """End the tracker's record."""
         self._track("finish")
+
+
+class Clock:
+    """The time that a run takes. Its first step, which compiles, does not count for the time that is left."""
+
+    def __init__(self, last_step):
+        self.last_step, self.start, self.first, self.warned = last_step, time.monotonic(), None, False
+
+    def time_left(self, step):
+        """Return the time after this update until the end, such as "3:12:05 left", or "" after the first."""
+        if self.first is None:
+            self.first = step, time.monotonic()
+            return ""
+        first_step, start = self.first
+        seconds = (time.monotonic() - start) / (step - first_step) * (self.last_step - 1 - step)
+        if seconds > WEEK and step - first_step >= 10 and not self.warned:
+            self.warned = True
+            warn(
+                f"at this speed the run takes {seconds / 86400:.0f} days: --preset demo or fewer --max_steps take less"
+            )
+        return f"{duration(seconds)} left"
+
+
+def duration(seconds):
+    """Return seconds as text: 0:42, 3:12:05 or 2 days, 3:12:05."""
+    return re.sub("^0:0?(?=.:)|^0:(?=..:)", "", str(timedelta(seconds=round(seconds))))
+
+
+def device_name(device):
+    """Return a device and the name of its hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device}, {name}"
+
+
+def summary(log_path, tokens, clock, device):
+    """Return the last lines of a run: what it took, what it reached, and what to do next."""
+    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
+    lines = [f"finished: {tokens:,} tokens in {duration(time.monotonic() - clock.start)}{memory}"]
+    steps, losses = read_log(log_path).get("val", ([], []))
+    if losses:
+        best = int(np.argmin(losses))
+        lines.append(f"validation loss: {losses[-1]:.4f}, at best {losses[best]:.4f} at step {steps[best]}")
+    out_dir = shlex.quote(os.path.relpath(log_path.parent))
+    lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
+    lines.append(f"to generate text: python sample.py --model {out_dir}")
+    more = f"--resume --max_steps {2 * clock.last_step} --override max_steps"
+    lines.append(f"to train further: the same command with {more}")
+    return "\n".join(lines)
 
 
 def read_log(path):
@@ -157,6 +228,12 @@ def peak_flops(device):
     """Return a GPU's peak in FLOP/s, or None if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def mfu(flops, device):
+    """Return as text the FLOP/s that the model's mathematics needs, as a share of a GPU's peak; "" if it is unknown."""
+    peak = peak_flops(device)
+    return f"mfu: {flops / peak:.1%}" if peak else ""
 
 
 def flops_per_token(config, T):

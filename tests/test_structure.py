@@ -24,6 +24,8 @@ FORBIDDEN = {  # what importing a module must not load
     "support.common": HEAVY | {"torch", "numpy"},
     "support.sources": HEAVY | {"torch", "pyarrow", "huggingface_hub"},
     "support.checkpoints": HEAVY | {"train_gpt2"},
+    "support.generation": HEAVY | {"train_gpt2"},
+    "support.loss": HEAVY | {"train_gpt2"},
     "support.runlog": HEAVY | {"train_gpt2"},
     "support.distributed": HEAVY | {"train_gpt2"},
 }
@@ -113,7 +115,9 @@ def test_a_sharded_model_is_gathered_only_when_needed(monkeypatch):
     gathered = []
     monkeypatch.setattr(train_gpt2.distributed, "whole_model", lambda *_: gathered.append(1))
     model = torch.nn.Linear(1, 1)
-    training = train_gpt2.Training(model, model, [], None, None, None, {}, None, hellaswag_rows=[1], log=None)
+    training = train_gpt2.Training(
+        model, model, [], None, None, None, {}, None, hellaswag_rows=[1], log=None, clock=None
+    )
     runtime = train_gpt2.Runtime(0, 1, torch.device("cpu"), torch.float32, compile=False, stop=StopSignal())
     config = train_gpt2.TrainConfig(eval_interval=100, sample_interval=100)
     for step in range(1, 100):

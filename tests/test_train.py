@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fineweb
 import train_gpt2
+from support import runlog
 from support.common import pick_dtype
 from support.runlog import Log, draw_curve, read_log
 from train_gpt2 import (
@@ -34,6 +35,7 @@ from train_gpt2 import (
     get_lr,
     parse_command_line,
     pick_micro_batch,
+    pick_val_tokens,
     train_step,
     validation_loss,
 )
@@ -365,8 +367,15 @@ def test_log_and_curve(small_run):
     assert log["val"][0] == [0, 10, 20]
     assert abs(log["val"][1][0] - math.log(50257)) < 0.1 and log["val"][1][-1] < log["val"][1][0] - 1
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    step_line = r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+$"
+    step_line = (
+        r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+(?: \| 0:\d\d left)?$"
+    )
     assert [int(step) for step in re.findall(step_line, stdout, re.M)] == list(range(20))
+    assert stdout.count(" left") == 19 and re.search(r"^finished: 10,240 tokens in \d:\d\d$", stdout, re.M)
+    about = json.loads((out / "run.json").read_text())
+    assert (
+        about["flags"]["max_steps"] == 20 and about["torch"] == torch.__version__ and about["device"].startswith("cpu")
+    )
 
 
 FINEWEB_EDU = {"encoding": "gpt2", "source": "HuggingFaceFW/fineweb-edu:sample-10BT"}
@@ -671,6 +680,37 @@ def test_compiled_run(web_shards, hellaswag_rows, run_script, tmp_path):
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_dry_run_writes_nothing(text_shards, tmp_path, capsys):
+    """It checks the flags and prints the plan, also that of a run to continue."""
+    flags = [*map(str, [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path / "out"])]
+    train_gpt2.main([*flags, "--dry_run"])
+    assert "2 micro-steps" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    train_gpt2.main([*flags, "--log_interval", "8"])
+    printed = capsys.readouterr().out
+    assert [int(step) for step in re.findall(r"^step +(\d+) \| loss", printed, re.M)] == [0, 8, 16]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    train_gpt2.main([*flags, "--dry_run", "--resume"])
+    assert "at step 20" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_validation_tokens_of_a_cpu():
+    """Three hours of validation would hide the first step; the small model of the demo still gets all tokens."""
+    big, small = (pick_val_tokens(*PRESETS[name], "cpu") for name in ("gpt2", "demo"))
+    assert 20_000 < big < 100_000 and small == pick_val_tokens(*PRESETS["gpt2"], "cuda") == 10_485_760
+    assert pick_val_tokens(PRESETS["gpt2"][0], TrainConfig(val_tokens=2048), "cpu") == 2048
+
+
+def test_clock(monkeypatch, capsys):
+    """The first step compiles, so it says nothing about the others. A run of weeks is a mistake to hear of early."""
+    now = iter([0.0, 100.0, 101.0, 1000.0])
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: next(now))
+    clock = runlog.Clock(1001)
+    assert clock.time_left(0) == "" and clock.time_left(1) == "16:39 left"
+    clock.last_step = 10**6
+    assert "days" in clock.time_left(100) and "the run takes 104 days" in capsys.readouterr().err
+
+
 def test_too_little_memory_for_a_step(text_shards, tmp_path, monkeypatch, capsys):
     """A step that does not fit is repeated with smaller micro-batches: the run is the one with those from the start."""
     flags = [
@@ -706,7 +746,7 @@ def test_too_little_memory_for_a_step(text_shards, tmp_path, monkeypatch, capsys
 
 
 def test_batch_ramp(text_shards, tmp_path):
-    """The tokens of a step depend on nothing but the step, so a resumed run with other micro-batches is the same run."""
+    """The tokens of a step depend on nothing but the step, so a run resumed with other micro-batches is the same."""
     config = TrainConfig(total_batch_tokens=1024, batch_ramp_from=128, batch_ramp_steps=10)
     assert [batch_tokens(step, config) for step in range(12)] == [
         *(128 * n for n in (1, 1, 2, 3, 3, 4, 5, 5, 6, 7)),
