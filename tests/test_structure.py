@@ -24,6 +24,8 @@ FORBIDDEN = {  # what importing a module must not load
     "support.common": HEAVY | {"torch", "numpy"},
     "support.sources": HEAVY | {"torch", "pyarrow", "huggingface_hub"},
     "support.checkpoints": HEAVY | {"train_gpt2"},
+    "support.tokenizer": HEAVY | {"train_gpt2", "tiktoken"},
+    "support.foreign": HEAVY | {"train_gpt2", "tiktoken"},
     "support.runlog": HEAVY | {"train_gpt2"},
     "support.distributed": HEAVY | {"train_gpt2"},
 }
