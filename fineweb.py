@@ -44,7 +44,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from support.common import UserError, atomic_write, exit_on_error, locked, one_line, tolerant_output
+from support.common import UserError, atomic_write, exit_on_error, lfs_message, locked, one_line, tolerant_output
 from support.sources import MANIFEST_NAME, Task, hub_dataset, open_source, read_texts
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
@@ -116,7 +116,7 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
-    found = list_shards(data_dir)
+    found = list_shards(data_dir) or raw_shards(data_dir)
     listed = {path.name: {} for path in found} if manifest["shards"] is None else manifest["shards"]
     again = f"run `{prepare_command(manifest, data_dir)}`"
     if not manifest["finished"]:
@@ -131,7 +131,7 @@ def find_shards(data_dir: Path, split: str) -> list[Path]:
             raise UserError(f"{path} is missing: {again}")
         if entry.get("tokens") not in (None, open_shard(path).size):
             raise UserError(f"{path} does not hold its {entry['tokens']:,} tokens: {again}")
-    shards = [path for path in found if SHARD_NAME.match(path.name)[1] == split]
+    shards = [path for path in found if SHARD_NAME.match(f"x_{path.name}")[1] == split]  # x_: for train.bin
     if not shards:
         fix = f"run `python fineweb.py --out_dir {shlex.quote(str(data_dir))}`, or `python train_gpt2.py --preset demo`"
         raise UserError(f"no {split} shards in {data_dir}: {fix}")
@@ -154,21 +154,34 @@ def list_shards(data_dir: Path) -> list[Path]:
     return sorted(path for path in data_dir.iterdir() if SHARD_NAME.match(path.name)) if data_dir.exists() else []
 
 
+def raw_shards(data_dir: Path) -> list[Path]:
+    """Return nanoGPT's train.bin and val.bin, which are tokens without a header, as far as a folder has them."""
+    return [path for path in (Path(data_dir, f"{split}.bin") for split in ("train", "val")) if path.is_file()]
+
+
 def open_shard(path: Path) -> np.ndarray:
-    """Return a .npy or .bin shard as a read-only memory map, (n,) uint16. Raises UserError if it is neither."""
+    """Return a .npy or .bin shard as a read-only memory map, (n,) uint16. Raises UserError if it is neither.
+
+    nanoGPT's train.bin and val.bin have no header.
+    """
     fix = "download it again, or delete its folder and run fineweb.py again"
     try:
         if path.suffix == ".bin":
             magic, version, tokens, *_ = [*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, 0]
-            if (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
+            if path.stem in ("train", "val") and magic != BIN_MAGIC:
+                shard = np.memmap(path, dtype="<u2", mode="r")
+                if (start := shard[:2048].tobytes()).isascii() and b"\0" not in start:
+                    raise ValueError("it is text, not tokens")
+            elif (magic, version) != (BIN_MAGIC, BIN_VERSION) or tokens < 1:
                 raise ValueError("its header is not llm.c's")
-            shard = np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER, shape=(tokens,))
+            else:
+                shard = np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER, shape=(tokens,))
         else:
             shard = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this refuses a .npz with this name
     except OSError:
         raise
     except Exception as error:  # a damaged header raises ValueError, TypeError, OverflowError, TokenError and others
-        raise UserError(f"{path} is damaged ({one_line(error)}): {fix}") from error
+        raise UserError(lfs_message(path) or f"{path} is damaged ({one_line(error)}): {fix}") from error
     if shard.ndim != 1 or shard.dtype != np.uint16:
         raise UserError(f"{path} is not a token shard (it is {shard.ndim}-D {shard.dtype}, not 1-D uint16): remove it")
     if path.stat().st_size != shard.offset + shard.nbytes:
@@ -206,7 +219,12 @@ def read_manifest_file(path: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not {"encoding", "vocab_size", "finished", "shards"} <= manifest.keys():
+    kinds = {"encoding": str, "vocab_size": int, "finished": bool, "shards": dict}
+    optional = {"source": str, "nodes": int, "tokens": int, "documents": int}
+    is_whole = isinstance(manifest, dict) and kinds.keys() <= manifest.keys()
+    is_whole = is_whole and all(isinstance(manifest.get(k, kind()), kind) for k, kind in (kinds | optional).items())
+    entries = manifest["shards"].values() if is_whole else ()
+    if not is_whole or not all(isinstance(e, dict) and isinstance(e.get("tokens", 0), int) for e in entries):
         raise UserError(f"{path} is damaged: delete {path.parent} and run fineweb.py again")
     return manifest
 

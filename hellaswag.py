@@ -20,7 +20,6 @@ Shapes: B sequences (usually one per row of the file), T positions, C channels, 
 """
 
 import http.client
-import itertools
 import json
 import math
 import os
@@ -38,8 +37,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from support.checkpoints import load_tokenizer, newest_checkpoint, open_gpt2
-from support.common import UserError, exit_on_error, one_line, pick_device, tolerant_output
+from support.checkpoints import newest_checkpoint, open_gpt2
+from support.common import UserError, exit_on_error, lfs_message, one_line, pick_device, tolerant_output
+from support.tokenizer import load_tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 FILE = Path(__file__).parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -68,8 +68,14 @@ def load_rows(path, limit=None, style="completion") -> list[dict]:
     fix = "fix or replace the file, or leave out the flag to download the official one"
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(itertools.islice(file, limit), start=1):
+            for number, line in enumerate(file, start=1):
+                if len(rows) == limit:
+                    break
+                if line.isspace():
+                    continue
                 if (row := parse_row(line, style)) is None:
+                    if message := lfs_message(path):
+                        raise UserError(message)
                     raise UserError(f"{path}:{number}: not a HellaSwag row for {style} style, which is {shape}: {fix}")
                 rows.append(row)
     except OSError as error:
@@ -80,7 +86,10 @@ def load_rows(path, limit=None, style="completion") -> list[dict]:
 
 
 def parse_row(line: bytes, style="completion") -> dict | None:
-    """Return the row in a line of the file, or None if the line is not a valid row."""
+    """Return the row in a line of the file, or None if the line is not a valid row.
+
+    The official file has the label as a number, and the Hub's copy as text.
+    """
     try:
         row = json.loads(line)
         texts, endings, label = [row[field] for field in CONTEXT_FIELDS[style]], row["endings"], row["label"]
@@ -89,6 +98,8 @@ def parse_row(line: bytes, style="completion") -> dict | None:
         return None
     valid = isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)
     valid &= all(isinstance(text, str) for text in texts) and any(texts)  # rows from WikiHow have an empty ctx_b
+    if label in ("0", "1", "2", "3"):
+        row["label"] = label = int(label)
     return row if valid and type(label) is int and 0 <= label <= 3 else None
 
 

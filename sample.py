@@ -8,14 +8,16 @@ Generate text from any GPT-2: a model of Hugging Face or a checkpoint of this pr
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
-from support.checkpoints import load_tokenizer, newest_checkpoint
+from fineweb import END_OF_TEXT
+from support.checkpoints import newest_checkpoint
 from support.common import UserError, exit_on_error, one_line, pick_device
+from support.tokenizer import load_tokenizer, read_prompt
 from train_gpt2 import GPT, TrainConfig
 
 
@@ -29,6 +31,7 @@ def command(
     top_k: int = 50,
     top_p: float = 1.0,
     seed: int = 42,
+    stop: bool = False,
     int8: bool = False,
     device: str = "auto",
 ) -> None:
@@ -44,6 +47,7 @@ def command(
         top_k: sample only from this many most likely tokens
         top_p: of these, sample only from the most likely ones that together have this probability (1: all)
         seed: the seed of the sampling; the same seed gives the same samples
+        stop: end a sample where the model generates <|endoftext|>
         int8: store the weight matrices in 8 bits: about half the memory, but slower on a CPU; needs torchao
         device: auto, cuda, mps or cpu; auto is the first of these that is available
     """
@@ -59,14 +63,18 @@ def command(
     ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)  # (B, T)
     if not ids.size(1):
         raise UserError("the prompt has no tokens in the model's tokenizer: give another --prompt or --prompt_file")
+    end = encode(END_OF_TEXT) if stop else [None]
+    if len(end) != 1:
+        raise UserError(f"--stop needs {END_OF_TEXT}, which the tokenizer of --model {model} lacks: leave it out")
     generator = torch.Generator(device).manual_seed(seed)
-    show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode)
+    show(ids, gpt.stream(ids, max_new_tokens, temperature, top_k, generator, top_p), decode, end[0])
 
 
 def check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed) -> None:
     """Check that each number is in its range. Raises UserError with one line per wrong number."""
     counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
     errors = [f"--{name} is {value}: it must be above 0" for name, value in counts.items() if value < 1]
+    errors += [f"--{name} is {value}: it must be below 2**31" for name, value in counts.items() if value >= 2**31]
     if not 0 <= temperature < math.inf:
         errors.append(f"--temperature is {temperature}: it must be finite, and 0 or more")
     if not 0 < top_p <= 1:
@@ -75,23 +83,6 @@ def check_numbers(num_samples, max_new_tokens, temperature, top_k, top_p, seed) 
         errors.append(f"--seed is {seed}: it must be from 0 to 2**64 - 1")
     if errors:
         raise UserError("\n".join(errors))
-
-
-def read_prompt(prompt: str, path: str | None) -> str:
-    """Return the prompt, or the text of a file if path is given (- is standard input). Raises UserError."""
-    source = "--prompt" if path is None else f"--prompt_file {path}"
-    try:
-        if path is not None:
-            data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-            prompt = data.decode().replace("\r\n", "\n").removesuffix("\n")  # editors and echo add the last line break
-        prompt.encode()  # raises if the shell passed bytes that are not text
-    except UnicodeError:
-        raise UserError(f"{source} is not UTF-8 text: convert it to UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): give another file") from error
-    if not prompt:
-        raise UserError(f"{source} is empty, but samples need a beginning: give some text")
-    return prompt
 
 
 def quantize(gpt: GPT) -> None:
@@ -105,17 +96,27 @@ def quantize(gpt: GPT) -> None:
     quantize_(gpt, config)  # the token embedding stays in float32, because each token reads only one row of it
 
 
-def show(ids: torch.Tensor, stream: Iterator[torch.Tensor], decode: Callable) -> None:
-    """Print the sequences ids (B, T) and the ids (B, 1) that the stream appends. The first is shown while it grows."""
+def show(ids: torch.Tensor, stream: Iterator[torch.Tensor], decode: Callable, end: int | None = None) -> None:
+    """Print the sequences ids (B, T) and the ids (B, 1) that the stream appends. The first is shown while it grows.
+
+    end: each sequence ends before the first of these ids that is appended, and the stream ends after the last one.
+    """
+    T = ids.size(1)
+
+    def text_of(row):  # decode all tokens, because the text of one may depend on the one before it
+        return decode(row[: row.index(end, T)] if end in row[T:] else row)
+
     print("--- sample 0")
     shown = ""
     for next_ids in stream:
-        text = decode(ids[0].tolist())  # decode all tokens, because the text of one may depend on the one before it
+        text = text_of(ids[0].tolist())
         if not text.endswith("\ufffd"):  # the last character still lacks some of its bytes
             print(text[len(shown) :], end="", flush=True)
             shown = text
         ids = torch.cat((ids, next_ids), dim=1)
-    first, *others = map(decode, ids.tolist())
+        if end is not None and (ids[:, T:] == end).any(1).all():
+            break
+    first, *others = map(text_of, ids.tolist())
     print(first[len(shown) :])
     for i, text in enumerate(others, start=1):
         print(f"--- sample {i}\n{text}")
@@ -129,8 +130,12 @@ def main() -> None:
         try:
             tyro.cli(command, use_underscores=True)
             sys.stdout.flush()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # before RuntimeError, which it is, too
             raise UserError("the GPU memory is too small: give fewer --num_samples, or --device cpu") from None
+        except RuntimeError as error:
+            if not re.search("multinomial|probability tensor", str(error)):
+                raise
+            raise UserError("the model's predictions are not numbers: give an earlier checkpoint") from error
         except BrokenPipeError:  # the program that reads our output, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

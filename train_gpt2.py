@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hellaswag
-from support import checkpoints, common, distributed, runlog
+from support import checkpoints, common, distributed, foreign, runlog, tokenizer
 from support.common import UserError, flag
 from support.distributed import EXIT_STOPPED, Stopped, StopSignal, any_rank, from_rank0, gather, sum_over_ranks
 from support.generation import KVCache, pick_next_id
@@ -166,6 +166,7 @@ PRESETS = {
 # what a resumed run may change if --override names it, and what it may not; another path to the same data is free
 FLAGS = {f.name: f.metadata for f in (*fields(GPTConfig), *fields(TrainConfig))}
 OVERRIDABLE = ["data_dir", *(name for name in FLAGS if FLAGS[name]["resume"] == "named")]
+SHAPE_FLAGS = [f.name for f in fields(GPTConfig) if f.metadata["resume"] == "fixed"]
 DEMO_SHARD_TOKENS = 250_000  # the first shard is for validation: 2% of the standard library
 VAL_TOKENS = 10_485_760  # of --val_tokens auto
 AUTO_TOKENS = {"cuda": 65536, "cpu": 4096, "mps": 4096}  # most tokens of --micro_batch auto (lecture: 64 x 1024)
@@ -412,10 +413,9 @@ class DataLoaderLite:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # first token of each shard in the stream
         self.num_rows = max(0, int(self.starts[-1]) - 1) // T
         if self.num_rows == 0:
-            raise UserError(
-                f"{data_dir}: the {split} split has {self.starts[-1]} tokens, too few for one sequence of --seq_len "
-                f"{T}: add more text with python fineweb.py, or lower --seq_len"
-            )
+            reason = f"the {split} split has {self.starts[-1]} tokens, too few for one sequence of --seq_len {T}"
+            fix = "add text" if split == "train" else "give a larger --shard_tokens (validation is the first shard)"
+            raise UserError(f"{data_dir}: {reason}: {fix} in python fineweb.py, or lower --seq_len")
         # a row belongs to the shard in which it starts: shard k has the rows first_row[k] … first_row[k+1]-1
         self.first_row = np.minimum((self.starts + T - 1) // T, self.num_rows)
         self.position = 0
@@ -590,7 +590,7 @@ def setup_runtime(config):
     """Join the other processes, if torchrun started several, and choose device, precision and compilation."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device_type = common.pick_device(config.device)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device_type == "cuda" else device_type)
+    device = torch.device(f"cuda:{distributed.local_gpu()}" if device_type == "cuda" else device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products that autocast leaves in float32
@@ -746,7 +746,7 @@ def hellaswag_accuracy(raw_model, rows, runtime):
 
 def print_samples(raw_model, encoding, config, runtime):
     """Print continuations of --prompt. The random numbers are always the same: only the model's progress shows."""
-    prompt = torch.tensor(encoding.encode_ordinary(config.prompt), device=runtime.device)
+    prompt = torch.tensor(tokenizer.encode_prompt(config.prompt, encoding), device=runtime.device)
     generator = torch.Generator(runtime.device).manual_seed(config.sample_seed)  # does not disturb the run's own
     tokens = [prompt.expand(config.num_samples, -1)]
     with runtime.autocast():
@@ -755,7 +755,7 @@ def print_samples(raw_model, encoding, config, runtime):
                 return
             tokens.append(next_ids)
     for i, row in enumerate(torch.cat(tokens, dim=1).tolist()):
-        print(f"sample {i}: {encoding.decode(row)}", flush=True)
+        print(f"sample {i}: {tokenizer.decode_known(row, encoding)}", flush=True)
 
 
 def evaluate(step, training, config, runtime):
@@ -862,7 +862,7 @@ def load_checkpoint(config, runtime):
 
 def check_continuation(state, model_config, config, fingerprint):
     """Raise UserError if this run differs from the one that it resumes in what it may not change."""
-    flags = asdict(config) | ({"dropout": model_config.dropout} if config.init_from else asdict(model_config))
+    flags = asdict(config) | {name: value for name, value in asdict(model_config).items() if value is not None}
     flags = {name: value for name, value in flags.items() if FLAGS[name]["resume"] != "free"}
     where, override = config.out_dir, config.override
     errors = checkpoints.flag_differences(state["config"], flags, where, OVERRIDABLE, override)
@@ -877,16 +877,10 @@ def new_model(model_config, encoding, config):
         return GPT(replace(model_config, vocab_size=encoding.n_vocab))
     folder = checkpoints.newest_checkpoint(config.init_from, "--init_from")  # if it is an output folder
     model = GPT.from_pretrained(folder, model_config.flash, model_config.dropout, "--init_from")
-    if model.config.vocab_size != encoding.n_vocab:
-        raise UserError(
-            f"--init_from {config.init_from} has {model.config.vocab_size} ids, but the shards in {config.data_dir} "
-            f"have {encoding.n_vocab}: create shards in the model's encoding with python fineweb.py --encoding"
-        )
-    if model.config.block_size < config.seq_len:
-        raise UserError(
-            f"--seq_len {config.seq_len} is more than --init_from {config.init_from} can read: "
-            f"give --seq_len {model.config.block_size}"
-        )
+    given = {name: getattr(model_config, name) for name in SHAPE_FLAGS}
+    needs = encoding.name, config.data_dir, config.seq_len
+    if errors := checkpoints.start_errors(config.init_from, folder, asdict(model.config), given, *needs):
+        raise UserError("\n".join(errors))
     return model
 
 
@@ -1051,9 +1045,8 @@ def print_run(training, config, runtime, resumed_step):
     layout = f"{loader.B} sequences x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
     ramp = f", reached from {batch_tokens(0, config):,} in {config.batch_ramp_steps} steps"
     print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}{ramp if config.batch_ramp_steps else ''}")
-    print0(
-        f"machine: {runlog.device_name(runtime.device)}, {str(runtime.dtype)[6:]}, torch {torch.__version__}, {mode}"
-    )
+    machine = f"{runlog.device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
+    print0(f"machine: {machine}, torch {torch.__version__}, {mode}")
     print0(f"evaluation: every {config.eval_interval} steps, on {min(config.val_tokens, val_tokens):,} tokens")
     if resumed_step is not None:
         print0(f"resuming {config.out_dir} at step {resumed_step}")
@@ -1096,8 +1089,9 @@ def relation_errors(m, c):
     micro_batch = 1 if c.micro_batch == "auto" else max(1, c.micro_batch)
     divisor = max((b for b in range(1, min(micro_batch, rows) + 1) if rows % b == 0), default=1)
     checks = [
-        (m.n_embd % max(1, m.n_head), f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
-        (c.seq_len > m.block_size and not c.init_from,
+        (not c.init_from and m.n_embd % max(1, m.n_head),
+         f"--n_embd {m.n_embd} is not a multiple of --n_head {m.n_head}"),
+        (not c.init_from and c.seq_len > m.block_size,
          f"--seq_len {c.seq_len} is more than --block_size {m.block_size}: lower the first"),
         (remainder or not rows, f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of --seq_len "
                                 f"{c.seq_len} x {world_size} processes: {max(1, rows) * unit} is"),
@@ -1118,6 +1112,7 @@ def file_errors(config):
     errors = checkpoints.out_dir_errors(config.out_dir, config.resume, config.overwrite, config.init_from)
     try:
         for split in () if demo_lacks_shards(config) else ("train", "val"):
+            foreign.check_data_dir(config.data_dir)
             fineweb.find_shards(config.data_dir, split)
     except UserError as error:
         errors.append(str(error))
@@ -1155,7 +1150,10 @@ def parse_command_line(arguments):
     model_config, config = tyro.cli(
         configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
     )
-    config = replace(config, override=tuple(name.replace("-", "_") for name in config.override))
+    override = tuple(name.replace("-", "_") for name in config.override)
+    config = replace(config, override=override, prompt=tokenizer.plain_prompt(config.prompt))
+    if config.init_from:  # None: the model's own size, with which a flag that is given must agree
+        model_config = replace(model_config, **dict.fromkeys({*SHAPE_FLAGS} - common.given_flags(arguments)))
     if config.preset == "demo" and Path(config.out_dir).resolve() == Path(PRESETS["demo"][1].out_dir):
         config = replace(config, overwrite=not config.resume)  # in the demo's own folder each run starts over
     return model_config, config

@@ -25,7 +25,8 @@ import transformers
 from measure import describe, make_parser, parse_flags, run_main, write_report
 
 import hellaswag
-from support.checkpoints import load_tokenizer, newest_checkpoint, open_gpt2
+from support.checkpoints import newest_checkpoint, open_gpt2
+from support.tokenizer import load_tokenizer
 from train_gpt2 import GPT
 
 COLUMNS = {

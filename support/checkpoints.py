@@ -2,20 +2,23 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from support.common import UserError, atomic_write, flush_to_disk, one_line
+from support import foreign
+from support.common import UserError, atomic_write, flush_to_disk, lfs_message, one_line
+from support.tokenizer import import_transformers, model_encoding, save_tokenizer
 
-HINT = "give a Hub name, the folder of a Hugging Face GPT-2 or an output folder of train_gpt2.py"
+HINT = (
+    "give a Hub name, the folder of a Hugging Face GPT-2, an output folder of train_gpt2.py, or a checkpoint of "
+    "nanoGPT, build-nanogpt or llm.c"
+)
 
 
 def list_checkpoints(out_dir: str | Path) -> list[Path]:
@@ -26,28 +29,17 @@ def list_checkpoints(out_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(model: str, flag: str = "--model") -> str:
-    """Return the newest checkpoint of an output folder of train_gpt2.py; any other name is returned unchanged.
+    """Return the newest checkpoint of an output folder, ours or another program's; any other name is unchanged.
 
     Raises UserError for a folder that is neither a model nor an output folder with a checkpoint.
     """
     if not os.path.isdir(model) or os.path.exists(os.path.join(model, "config.json")):
         return model
-    if not (checkpoints := list_checkpoints(model)):
-        raise UserError(f"{flag} {model} contains neither config.json nor checkpoints/step_NNNNNN: {HINT}")
-    return str(checkpoints[-1])
-
-
-def import_transformers():
-    """Import transformers and make it print errors only. The import takes seconds, so it happens on first use."""
-    # transformers imports torchao if it is installed. torchao warns that GPU kernels for other machines do not load.
-    for name in ("huggingface_hub", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    return transformers
+    if checkpoints := list_checkpoints(model):
+        return str(checkpoints[-1])
+    if found := foreign.find_checkpoint(model):
+        return str(found)
+    raise UserError(f"{flag} {model} contains neither config.json nor checkpoints/step_NNNNNN: {HINT}")
 
 
 def check_same_computation(hf_config) -> None:
@@ -67,15 +59,24 @@ def check_same_computation(hf_config) -> None:
 
 
 def open_gpt2(name: str | Path, flag: str = "--model", exactly: bool = False):
-    """Open a GPT-2, given by Hub name or folder, as a GPT2LMHeadModel of transformers in float32 on the CPU.
+    """Open a GPT-2 as a GPT2LMHeadModel of transformers in float32 on the CPU.
 
+    name: a Hub name, a folder, or a checkpoint file of another program, which support/foreign.py reads.
     exactly: refuse variants of GPT-2 that transformers computes correctly, but train_gpt2.GPT does not.
     Raises UserError if the model cannot be read, is not a GPT-2 or lacks weights.
     """
     transformers = import_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        check_sha256(name, "model.safetensors")
+        if os.path.isfile(name):
+            shape, weights = foreign.read_checkpoint(name)
+            numbers = {name: shape[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+            last = end_of_text(shape["vocab_size"])
+            ids = {"bos_token_id": last, "eos_token_id": last}
+            source = {"pretrained_model_name_or_path": None, "state_dict": weights}
+            config = transformers.GPT2Config(n_positions=shape["block_size"], **numbers, **ids)
+        else:
+            source, config = {"pretrained_model_name_or_path": name}, transformers.AutoConfig.from_pretrained(name)
+            check_sha256(name, "model.safetensors")
         if config.model_type != "gpt2":
             raise UserError(f"its model_type is {config.model_type}, but gpt2 is required")
         if exactly:
@@ -85,38 +86,23 @@ def open_gpt2(name: str | Path, flag: str = "--model", exactly: bool = False):
             config.activation_function = "gelu_pytorch_tanh"
         # hellaswag.py passes boolean masks, which sdpa supports. Other implementations may add them to the scores.
         model, report = transformers.GPT2LMHeadModel.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation="sdpa",
+            **source, config=config, dtype=torch.float32, attn_implementation="sdpa",
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
         # transformers fills missing weights with random numbers, and such a model must not be used unnoticed.
         if unusable := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
             raise UserError(f"the weight {min(unusable)} is missing or has another shape")
     except Exception as error:  # a broken folder raises OSError, SafetensorError, KeyError and more
-        raise UserError(f"{flag} {name} cannot be opened: {one_line(error).rstrip('.')}: {HINT}") from error
+        reason, fix = one_line(error).rstrip("."), HINT
+        if message := lfs_message(name):
+            reason, _, fix = message.partition(": ")
+        raise UserError(f"{flag} {name} cannot be opened: {reason}: {fix}") from error
     return model
 
 
-def load_tokenizer(name: str, vocab_size: int, flag: str = "--model") -> tuple[Callable, Callable]:
-    """Load the tokenizer of a model as (encode, decode); encode adds no special tokens.
-
-    A folder without tokenizer files and with 50,257 ids uses GPT-2's tokenizer.
-    Raises UserError if the tokenizer cannot be loaded.
-    """
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    try:
-        if not os.path.isdir(name) or any(os.path.exists(os.path.join(name, file)) for file in files):
-            tokenizer = import_transformers().AutoTokenizer.from_pretrained(name)
-            return lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode
-        if vocab_size != 50257:
-            raise UserError(f"the folder has no tokenizer files, and its {vocab_size:,} ids are not GPT-2's 50,257")
-        from fineweb import get_encoding
-
-        encoding = get_encoding("gpt2")
-        return encoding.encode_ordinary, encoding.decode
-    except Exception as error:  # from a broken file, the Hub or the download of GPT-2's vocabulary
-        reason = one_line(error).rstrip(".")
-        fix = "put the tokenizer files of the model into its folder, or give another model"
-        raise UserError(f"the tokenizer of {flag} {name} cannot be opened: {reason}: {fix}") from error
+def end_of_text(vocab_size):
+    """Return the id of <|endoftext|>: the last one, except for a model with more ids than GPT-2's tokenizer."""
+    return min(vocab_size, 50257) - 1
 
 
 # --- save -------------------------------------------------------------------------------------------------------------
@@ -139,51 +125,9 @@ def write_model_folder(folder, weights, shape):
         n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"],
         activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
         attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout,
-        bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1,
+        bos_token_id=end_of_text(vocab_size), eos_token_id=end_of_text(vocab_size),
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-
-
-def save_tokenizer(encoding, folder: Path, model_max_length: int) -> None:
-    """Write a tiktoken encoding as the tokenizer files of a folder, which transformers.AutoTokenizer then opens.
-
-    That tokenizer gives the same ids as `encoding`, except that <|endoftext|> in a text becomes the special token.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    # GPT-2's alphabet for tokens: a printable byte is its own character, the other bytes are numbered from 256.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(unprintable)}
-
-    def spell(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
-    ids = [i for i in range(encoding.n_vocab) if not encoding.is_special_token(i)]
-    ranks = {encoding.decode_single_token_bytes(i): i for i in ids}
-    merges = [tuple(map(spell, last_merge(token, ranks))) for token in ranks if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={spell(token): i for token, i in ranks.items()}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
-    tokenizer.save(str(Path(folder, "tokenizer.json")))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json without changes
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|endoftext|>",
-        "model_max_length": model_max_length,
-        "clean_up_tokenization_spaces": False,  # otherwise decoding drops the space in " ,"
-    }
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that byte-pair encoding merges last to form `token`. It merges the lowest rank first."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
 
 
 def file_sha256(path):
@@ -327,6 +271,31 @@ def load_newest(out_dir):
             f"all checkpoints in {out_dir} are damaged ({reasons}): move them away, or give another --out_dir"
         )
     return None, None, {}
+
+
+def start_errors(init_from, folder, shape, flags, encoding, data_dir, seq_len):
+    """Return a line for each reason why a run cannot start from the model in `folder`, which --init_from names.
+
+    shape: {name: value} of the model's config. flags: the same of the flags that were given, and None for the others.
+    Raises UserError if the model's tokenizer cannot be opened.
+    """
+    model, vocab_size = f"--init_from {init_from}", shape["vocab_size"]
+    errors = [
+        f"--{name} is {value}, but {model} has {shape[name]}: leave it out, because a model keeps its shape"
+        for name, value in flags.items()
+        if value not in (None, shape[name])
+    ]
+    others = {"gpt2": "bytes", "bytes": "gpt2"}
+    found = model_encoding(folder, vocab_size, [encoding, others[encoding]])
+    if found is None:
+        reason = f"has {vocab_size} ids that its tokenizer does not share with GPT-2's, so it cannot be trained here"
+        errors.append(f"{model} {reason}: give a model with GPT-2's tokenizer, or train one from scratch")
+    elif found != encoding:
+        fix = f"create shards in the model's encoding with python fineweb.py --encoding {found}"
+        errors.append(f"{model} has {vocab_size} ids, but the shards in {data_dir} have {encoding} tokens: {fix}")
+    if shape["block_size"] < seq_len:
+        errors.append(f"--seq_len {seq_len} is more than {model} can read: give --seq_len {shape['block_size']}")
+    return errors
 
 
 def flag_differences(before, now, out_dir, overridable, override):

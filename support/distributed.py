@@ -120,6 +120,11 @@ def join_slurm():
     }
 
 
+def local_gpu():
+    """Return the index of this process's GPU. srun with a GPU per task shows each process only one, as number 0."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.device_count() > 1 else 0
+
+
 def fresh_store(rank):
     """Return the key-value store through which the processes of this start find each other. Rank 0 serves it.
 
@@ -178,7 +183,9 @@ def machine_errors(device, dtype, fsdp):
         return [str(error)]
     errors = []
     world_size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if device_type == "cuda" and local_size > (count := torch.cuda.device_count()):
+    # srun may show each process only its own GPU of those that it has allocated on this machine
+    allocated = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+    if device_type == "cuda" and local_size > (count := max(allocated, torch.cuda.device_count())):
         errors.append(f"{local_size} processes on {count} GPUs: give torchrun --nproc_per_node={count}")
     if device_type == "mps" and world_size > 1:
         errors.append("an Apple GPU serves one process: start with python, or give --device cpu")

@@ -144,25 +144,31 @@ def summary(log_path, tokens, clock, device):
 
 
 def read_log(path):
-    """Return {stream: (steps, values)} of a log.txt of ours or of build-nanogpt, each list in the file's order."""
+    """Return {stream: (steps, values)} of a log.txt of ours or of build-nanogpt, each list in the file's order.
+
+    Other lines, such as blank ones and comments, are skipped.
+    """
     streams = {}
-    complete, _, _ = Path(path).read_text().rpartition("\n")  # the last line may be incomplete
+    complete, _, _ = Path(path).read_text("utf-8-sig", "replace").rpartition("\n")  # the last line may be incomplete
     for line in complete.splitlines():
-        step, stream, value = line.split()
-        steps, values = streams.setdefault(stream, ([], []))
-        steps.append(int(step))
-        values.append(float(value))
+        with suppress(ValueError):  # not three words, or not numbers
+            step, stream, value = line.split()
+            step, value = int(step), float(value)
+            steps, values = streams.setdefault(stream, ([], []))
+            steps.append(step)
+            values.append(value)
     return streams
 
 
 def cut_log(path, step):
     """Remove the lines that a run resumed at `step` will write again. Return whether that step's evaluation remains."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else []
     kept, evaluated = [], False
     for line in lines:
         number, stream, *_ = [*line.split(), "", ""]  # padded, because a broken line may be empty
         evaluation = number == str(step) and stream in ("val", "hella")
-        if number.isdigit() and (int(number) < step or evaluation) and line.endswith("\n"):
+        is_kept = int(number) < step or evaluation if number.isdecimal() else number[:1] in ("", "#")
+        if is_kept and line.endswith("\n"):
             kept.append(line)
             evaluated |= evaluation
     if len(kept) < len(lines):

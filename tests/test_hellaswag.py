@@ -679,3 +679,40 @@ def test_unknown_flag_exits_2(main, flags):
     with pytest.raises(SystemExit) as caught:
         main(*flags)
     assert caught.value.code == 2
+
+
+# --- files of other sources -------------------------------------------------------------------------------------------
+
+
+def test_rows_as_the_hub_has_them(tmp_path, shared_data):
+    """The Hub's copy has the labels as text; a mark, Windows' line ends and blank lines do not matter."""
+    rows = [ROW | {"label": label} for label in (3, "0", "1", "2", "3")]
+    lines = [json.dumps(row) for row in rows]
+    path = tmp_path / "rows.jsonl"
+    for before, separator in (("", "\n"), ("", "\n\n"), ("\n \n", "\r\n\t\r\n"), ("\ufeff", "\n")):
+        path.write_text(before + separator.join(lines) + 2 * separator, encoding="utf-8", newline="")
+        assert [row["label"] for row in load_rows(path)] == [3, 0, 1, 2, 3]
+        assert [row["label"] for row in load_rows(path, limit=3)] == [3, 0, 1]
+    path.write_text("\n" + lines[0] + "\n\n{}\n")
+    with pytest.raises(UserError, match="rows.jsonl:4: not a HellaSwag row"):
+        load_rows(path)
+    for label in ("4", "", "03", "a", None, True, 1.0, [], "²"):
+        path.write_text(json.dumps(ROW | {"label": label}))
+        with pytest.raises(UserError, match="rows.jsonl:1"):
+            load_rows(path)
+    path.write_text("\n\n")
+    with pytest.raises(UserError, match="is empty"):
+        load_rows(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 99\n")
+    with pytest.raises(UserError, match="lfs pull"):
+        load_rows(path)
+    assert {row["label"] for row in load_rows(shared_data / "cases" / "hellaswag_hf.jsonl")} <= {0, 1, 2, 3}
+
+
+def test_labels_as_text_give_the_same_answers(model, encode, rows, tmp_path):
+    """The same counts as with numbers."""
+    counts = []
+    for kind in (int, str):
+        (tmp_path / "rows").write_text("\n\n".join(json.dumps(row | {"label": kind(row["label"])}) for row in rows[:6]))
+        counts.append(evaluate(*halves(model), encode, load_rows(tmp_path / "rows"), max_length=160))
+    assert counts[0] == counts[1]

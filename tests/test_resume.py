@@ -121,6 +121,17 @@ def test_cut_log(tmp_path):
     assert not cut_log(tmp_path / "none.txt", 5)
 
 
+def test_lines_that_are_no_measurement(tmp_path):
+    """Someone adds a comment or a blank line to log.txt. Drawing the curve of the running training must not fail."""
+    path = tmp_path / "log.txt"
+    text = "# my run\n0 val 11\n\n  \n0 train 10.5\nlr was too high\n1 train 9e0\n² val 3\n1 val\n2 val x\n3 val 8 9\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\xff\0\n2 train 8\n2 val 7\n3 trai")
+    assert read_log(path) == {"val": ([0, 2], [11, 7]), "train": ([0, 1, 2], [10.5, 9, 8])}
+    path.write_text("# my run\n0 val 11\n\n² val 3\nx\n1 train 9\n2 train 8\n# last\n2 val")
+    assert not cut_log(path, 1)
+    assert path.read_text() == "# my run\n0 val 11\n\n# last\n"
+
+
 @pytest.mark.slow
 def test_newest_checkpoints_are_kept(undisturbed, text_shards, run_script, tmp_path):
     """--keep_checkpoints prunes the oldest, and only them; --resume starts where there is nothing to resume."""

@@ -1,5 +1,6 @@
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from helpers import save_model
+from helpers import TINY, save_model
 from transformers import PreTrainedTokenizerFast
 
 import fineweb
 import sample
-from support.common import UserError
+import train_gpt2
+from support.common import UserError, decode_text
+from support.tokenizer import encode_prompt, load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -189,3 +192,95 @@ def test_int8_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if not installed
     with pytest.raises(UserError, match="pip install -U torchao"):
         sample.quantize(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)))
+
+
+def test_end_of_text_is_one_id_in_every_prompt(shared_data, run_folder, main, tmp_path, monkeypatch):
+    """In sample.py with and without tokenizer files, and in the samples of training."""
+    GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
+    for folder, expected in ((tmp_path / "gpt2", [50256, 64]), (run_folder / "checkpoints" / "step_000010", [256, 97])):
+        encode, decode = load_tokenizer(str(folder), expected[0] + 1)
+        assert encode("<|endoftext|>a") == expected and decode(expected) == "<|endoftext|>a"
+    for name, expected in (("gpt2", [50256, 64, 50256, 50256]), ("bytes", [256, 97, 256, 256])):
+        assert encode_prompt("<|endoftext|>a<|endoftext|><|endoftext|>", fineweb.get_encoding(name)) == expected
+        assert encode_prompt("", fineweb.get_encoding(name)) == []
+        text = "naïve <|endoftext| > \U0001f642 " + " " * 99
+        assert encode_prompt(text, fineweb.get_encoding(name)) == fineweb.get_encoding(name).encode_ordinary(text)
+
+
+def test_end_of_text_in_the_samples_of_training(text_shards, tmp_path, main, monkeypatch):
+    """train_gpt2.py's --prompt, from its command line to the model."""
+    prompts = []
+    stream = GPT.stream
+    monkeypatch.setattr(
+        GPT, "stream", lambda self, idx, *a, **k: prompts.append(idx[0].tolist()) or stream(self, idx, *a, **k)
+    )
+    flags = [*TINY, "--data_dir", text_shards, "--out_dir", tmp_path, "--max_steps", 1, "--warmup_steps", 0]
+    code, _, err = main(train_gpt2, [*flags, "--sample_interval", 1, "--prompt", "\ufeff<|endoftext|>a\r\n"])
+    assert code == 0 and prompts == [[256, 97, 10]], err
+
+
+def test_stop_ends_a_sample_at_end_of_text(run_folder, main, capsys):
+    """--stop cuts each sample of the same run; the prompt may contain <|endoftext|>."""
+    decode = fineweb.get_encoding("bytes").decode
+    steps = iter([[97, 98], [256, 98], [97, 98], [98, 256], [97, 97]])
+    sample.show(torch.tensor([[256, 62], [256, 62]]), (torch.tensor(ids)[:, None] for ids in steps), decode, 256)
+    assert capsys.readouterr().out == "--- sample 0\n<|endoftext|>>a\n--- sample 1\n<|endoftext|>>bbb\n"
+    assert next(steps) == [97, 97]  # the stream ends with the last sample
+    flags = ["--model", run_folder, "--device", "cpu", "--num_samples", 9, "--max_new_tokens", 200, "--prompt", "a"]
+    whole, stopped = (main(sample, [*flags, *more])[1].split("--- sample ") for more in ([], ["--stop"]))
+    assert len(whole) == len(stopped) == 10
+    for a, b in zip(whole, stopped):
+        assert a.partition("<|endoftext|>")[0].rstrip("\n") == b.rstrip("\n")
+    assert whole != stopped
+
+
+def test_stop_needs_the_token(main, tmp_path):
+    """A tokenizer without <|endoftext|> cannot end a sample there."""
+    words = tokenizers.models.WordLevel({"the": 0, "quick": 1, "[UNK]": 2}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    GPT(GPTConfig(block_size=64, vocab_size=3, n_layer=1, n_head=1, n_embd=16)).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    code, _, err = main(sample, ["--model", tmp_path, "--prompt", "the", "--device", "cpu", "--stop"])
+    assert code == 2 and err.startswith("error: --stop") and err.count("\n") == 1
+
+
+ENCODINGS = {
+    "utf-8-sig": "héllo", "utf-16": "héllo", "utf-32": "héllo", "utf-16-le with a mark": "héllo",
+    "utf-16-be with a mark": "héllo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_prompts_with_a_byte_order_mark(encoding, run_folder, main, tmp_path):
+    """Notepad writes UTF-8 with a mark, and PowerShell UTF-16. The mark is no part of the prompt."""
+    flags = ["--model", run_folder, "--max_new_tokens", 3, "--num_samples", 1, "--device", "cpu"]
+    name, _, with_mark = encoding.partition(" ")
+    (tmp_path / "prompt").write_bytes((("\ufeff" if with_mark else "") + "héllo\r\nyou\r\n").encode(name))
+    expected = main(sample, [*flags, "--prompt", "héllo\nyou"])
+    assert expected[0] == 0
+    assert main(sample, [*flags, "--prompt_file", tmp_path / "prompt"]) == expected
+    assert main(sample, [*flags, "--prompt", "\ufeffhéllo\r\nyou"]) == expected
+    assert main(sample, [*flags, "--prompt", "\ufeff"])[0] == 2
+
+
+TEXTS = {
+    "ISO-8859-1": "Der Bär läuft über die Straße, señor. ",
+    "WINDOWS-1252": "The “price” is 5 € – café. ",
+    "WINDOWS-1251": "Привет, мир. Это русский текст. ",
+    "KOI8-R": "Привет, мир. Это русский текст. ",
+    "SHIFT_JIS": "これは日本語の文章です。カタカナも。",
+    "EUC-JP": "これは日本語の文章です。カタカナも。",
+    "UTF-16LE": "Hello, this is text without a mark. ",
+    "UTF-16BE": "Hello, this is text without a mark. ",
+}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_other_encodings_are_named(encoding, tmp_path):
+    """The error has the command that converts the file, for a folder with a space as well."""
+    path = str(tmp_path / "my prompt.txt")
+    with pytest.raises(UserError) as error:
+        decode_text(TEXTS[encoding].encode(encoding), path, "--prompt_file")
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > {shlex.quote(path + '.utf8')}"
+    assert str(error.value).startswith(f"--prompt_file {path} is not UTF-8 text") and command in str(error.value)

@@ -26,6 +26,8 @@ FORBIDDEN = {  # what importing a module must not load
     "support.checkpoints": HEAVY | {"train_gpt2"},
     "support.generation": HEAVY | {"train_gpt2"},
     "support.loss": HEAVY | {"train_gpt2"},
+    "support.tokenizer": HEAVY | {"train_gpt2", "tiktoken"},
+    "support.foreign": HEAVY | {"train_gpt2", "tiktoken"},
     "support.runlog": HEAVY | {"train_gpt2"},
     "support.distributed": HEAVY | {"train_gpt2"},
 }

@@ -9,10 +9,12 @@ import sys
 import threading
 
 import pytest
+import torch
 from helpers import ROOT
 
 import sample
 import train_gpt2
+from support import distributed
 from support.common import TolerantStream
 from support.distributed import EXIT_STOPPED, join_slurm
 from support.runlog import read_log
@@ -237,3 +239,19 @@ def test_tasks_of_srun_on_several_machines_are_refused(monkeypatch):
         join_slurm()
     monkeypatch.setenv("RANK", "3")  # torchrun under srun
     join_slurm()
+
+
+@pytest.mark.parametrize(
+    "visible, allocated, local_rank, index, is_error",
+    [(2, 2, 1, 1, False), (1, 2, 1, 0, False), (1, 0, 0, 0, True), (1, 1, 1, 0, True), (8, 8, 5, 5, False)],
+)
+def test_srun_with_a_gpu_per_task(monkeypatch, visible, allocated, local_rank, index, is_error):
+    """With --gpus-per-task=1 each process sees one GPU as number 0, though it is the second process."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    world_size = max(2, local_rank + 1)
+    values = {"LOCAL_RANK": local_rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    for name, value in (values | {"SLURM_GPUS_ON_NODE": allocated}).items():
+        monkeypatch.setenv(name, str(value))
+    assert distributed.local_gpu() == index
+    assert bool(distributed.machine_errors("cuda", "float32", False)) == is_error
