@@ -45,12 +45,14 @@ import tiktoken
 from tqdm import tqdm
 
 from support.common import UserError, atomic_write, exit_on_error, lfs_message, locked, one_line, tolerant_output
-from support.sources import MANIFEST_NAME, Task, hub_dataset, open_source, read_texts
+from support.sources import MANIFEST_NAME, Tally, Task, hub_dataset, open_source, read_texts
+from support.texts import SPACES, Rest
 
 DATA_DIR = Path(__file__).resolve().parent / "edu_fineweb10B"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 SHARD_TOKENS = 100_000_000
 END_OF_TEXT = "<|endoftext|>"
+TEXT = "text"  # the default --text_column, which a manifest does not record
 SETTINGS = ("encoding", "vocab_size", "source", "revision", "shard_tokens", "max_tokens", "nodes")
 # A folder without a manifest is read as GPT-2 tokens.
 NO_MANIFEST = dict.fromkeys(SETTINGS) | {"encoding": "gpt2", "vocab_size": 50257, "source": "", "nodes": 1}
@@ -58,7 +60,6 @@ NO_MANIFEST |= {"documents": 0, "tokens": 0, "shards": None, "finished": True}
 # The names that we write, and those of llm.c and modded-nanogpt.
 SHARD_NAME = re.compile(r"[^./][^/]*_(train|val)(?:_node\d+)?(?:_(\d+))?\.(npy|bin)$")
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # of a .bin shard; the header's length is in bytes
-SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # whitespace in GPT-2's pattern
 PIECES = re.compile(rf"(?=[{SPACES}][^{SPACES}])(?<=[{SPACES}]{{99}})")  # before the last of 100 or more SPACES
 WRITE_FIX = "make room or check --out_dir, and run the same command again: it continues after the last finished shard"
 FOLDER_FIX = "name another --out_dir, or delete this one"
@@ -200,12 +201,17 @@ def read_manifest(data_dir: Path) -> dict:
     manifests = [NO_MANIFEST | read_manifest_file(path) for path in paths]
     first = manifests[0]
     for path, manifest in zip(paths, manifests):
-        if differing := ", ".join(key for key in SETTINGS if manifest[key] != first[key]):
+        if differing := ", ".join(differing_settings(manifest, first)):
             raise UserError(f"{path} and {paths[0].name} are from different runs ({differing}): delete one run's files")
     sums = {count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")}
     shards = {name: entry for manifest in manifests for name, entry in manifest["shards"].items()}
     finished = len(manifests) == first["nodes"] and all(manifest["finished"] for manifest in manifests)
     return first | sums | {"shards": shards, "finished": finished}
+
+
+def differing_settings(manifest: dict, other: dict) -> list[str]:
+    """Return the names of the settings that differ between two manifests."""
+    return [key for key in (*SETTINGS, "text_column") if manifest.get(key, TEXT) != other.get(key, TEXT)]
 
 
 def list_manifests(data_dir: Path) -> list[Path]:
@@ -234,7 +240,7 @@ def prepare_command(manifest: dict, out_dir: Path) -> str:
     values = manifest | {"out_dir": out_dir}
     if manifest.get("pretokenized"):
         values |= {"pretokenized": manifest["source"], "source": None, "encoding": None}
-    names = ("source", "pretokenized", "out_dir", "encoding", "shard_tokens", "max_tokens")
+    names = ("source", "text_column", "pretokenized", "out_dir", "encoding", "shard_tokens", "max_tokens")
     flags = [f"--{name} {shlex.quote(str(values[name]))}" for name in names if values.get(name)]
     return " ".join(["python fineweb.py", *flags])
 
@@ -247,7 +253,7 @@ def encode_task(task: Task, encoding_name: str) -> np.ndarray:
     encoding = get_encoding(encoding_name)  # built once in each process
     parts = [np.empty(0, dtype=np.uint16)]  # a row group may have no rows
     for text in read_texts(task):
-        parts += [[encoding.eot_token], encode_text(text, encoding)]
+        parts += [[] if isinstance(text, Rest) else [encoding.eot_token], encode_text(text, encoding)]
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe")  # tiktoken returns uint32, and all ids fit
 
 
@@ -419,6 +425,8 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
                 break
         if writing:
             writing.result()
+    if not manifest["tokens"] + filled and manifest["nodes"] == 1:
+        raise UserError(f"{manifest['source']} has no documents: check --source")
     if not manifest["shards"] and manifest["nodes"] == 1:
         reason = f"{manifest['source']} has only {filled:,} tokens, and all of them fit into the validation shard"
         raise UserError(f"{reason}: lower --shard_tokens, for example to {filled // 20 + 1}")
@@ -473,7 +481,7 @@ def plan_restart(out_dir: Path, settings: dict) -> tuple[dict, dict]:
         if path.name not in (before["shards"] or {}):
             raise UserError(f"{path} already exists and is not from this run: {FOLDER_FIX}")
     path = manifest_path(out_dir, settings["node"], settings["nodes"])
-    differing = [f"{key} {before[key]}" for key in SETTINGS if before[key] != settings[key]]
+    differing = [f"{key} {before.get(key, TEXT)}" for key in differing_settings(before, settings)]
     if differing and (before["shards"] or any(other != path for other in list_manifests(out_dir))):
         what = "shards" if before["shards"] else "manifests"
         raise UserError(f"{out_dir} holds {what} of other settings ({', '.join(differing)}): {FOLDER_FIX}")
@@ -502,6 +510,7 @@ def prepare(
     workers: int | None = None,
     node: int = 0,
     nodes: int = 1,
+    text_column: str = TEXT,
 ) -> dict:
     """Tokenize documents into shards for train_gpt2.py, and return this node's manifest.
 
@@ -517,9 +526,11 @@ def prepare(
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
     before = read_manifest(out_dir)
-    tasks, revision = open_source(source, before["revision"] if before["source"] == source else None)
+    tally = Tally(text_column)
+    tasks, revision = open_source(source, before["revision"] if before["source"] == source else None, tally)
     settings = {"encoding": encoding, "vocab_size": vocab_size, "source": source, "revision": revision}
     settings |= {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "nodes": nodes, "node": node}
+    settings |= {} if text_column == TEXT else {"text_column": text_column}
     with locked_plan(out_dir, settings) as (manifest, stale):
         if manifest["finished"]:
             return manifest
@@ -532,6 +543,8 @@ def prepare(
             write_shards(continued_arrays(arrays, out_dir, manifest, stale), out_dir, manifest, share)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
+    if node == 0:  # every node reads the whole list of tasks, so all nodes count the same
+        tally.report()
     counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents, {len(manifest['shards'])} shards"
     seconds = time.time() - start
     print(f"{counts} in {out_dir}, in {seconds:.1f} s ({(manifest['tokens'] - done) / seconds / 1e6:.1f}M tok/s)")
@@ -679,21 +692,23 @@ def command(
     shard_tokens: int = SHARD_TOKENS,
     max_tokens: int | None = None,
     workers: int | None = None,
+    text_column: str = TEXT,
     verify: Path | None = None,
 ) -> None:
     """Tokenize documents into shards for train_gpt2.py. A run that was killed continues when it is started again. A
     folder that is already complete is not changed. Under torchrun or srun, each process takes its share of the work.
 
     Args:
-        source: a Hugging Face dataset (name or name:config), which is streamed; or a .parquet, .jsonl, .json or .txt
-            file, a folder or a glob, whose rows have a `text` (a .txt file is one document); or stdlib, Python's own
-            library
+        source: a Hugging Face dataset (name or name:config), which is streamed; or a .parquet, .arrow, .jsonl, .json,
+            .csv, .tsv or .txt file, a folder or a glob; or stdlib, Python's own library. A .txt file is one document,
+            or several with lines of <|endoftext|> between them
         pretokenized: instead of a source, a Hugging Face dataset of shards to download, such as kjj0/fineweb10B-gpt2
         out_dir: the folder to write
         encoding: gpt2, or bytes, which needs no download
         shard_tokens: tokens in a shard; the first shard is for validation
         max_tokens: stop after this many tokens; with --pretokenized, after the shard that reaches this number
         workers: processes that tokenize; by default one per core
+        text_column: the column, or the key of a JSON row, that holds the texts
         verify: only check every shard of this folder, and print a summary
     """
     node, nodes = node_of_launcher()
@@ -702,11 +717,12 @@ def command(
     if verify:
         verify_shards(verify)
     elif pretokenized:
-        if (source, encoding, shard_tokens) != (FINEWEB_EDU, "gpt2", SHARD_TOKENS):
-            raise UserError("--pretokenized takes shards as they are: leave out --source, --encoding, --shard_tokens")
+        if (source, encoding, shard_tokens, text_column) != (FINEWEB_EDU, "gpt2", SHARD_TOKENS, TEXT):
+            flags = "--source, --encoding, --shard_tokens, --text_column"
+            raise UserError(f"--pretokenized takes shards as they are: leave out {flags}")
         fetch_shards(pretokenized, out_dir, max_tokens)
     else:
-        prepare(source, out_dir, encoding, shard_tokens, max_tokens, workers, node, nodes)
+        prepare(source, out_dir, encoding, shard_tokens, max_tokens, workers, node, nodes, text_column)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """What every program here needs: user errors, exit codes, flags, device and precision, atomic writes, the lock."""
 
-import codecs
 import errno
 import io
 import math
@@ -25,6 +24,12 @@ def one_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def quoted(path: str | Path) -> str:
+    """Return a path for a printed command: relative to the working directory if it is below it, quoted if necessary."""
+    relative = os.path.relpath(path)
+    return shlex.quote(os.path.abspath(path) if relative.startswith("..") else relative)
+
+
 def warn(message: str) -> None:
     """Print a line on stderr about something that the program continues without."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -38,60 +43,8 @@ def lfs_message(path: str | Path) -> str:
         with suppress(OSError), open(file, "rb") as opened:
             if opened.read(24) == b"version https://git-lfs.":
                 folder = shlex.quote(str(Path(file).absolute().parent))
-                return f"{file} is a git-lfs pointer, not the file itself: download it with git -C {folder} lfs pull"
+                return f"{file} is a git-lfs pointer, not the file itself: run `git -C {folder} lfs pull`"
     return ""
-
-
-def plain_prompt(text: str) -> str:
-    """Return a prompt without a byte order mark and carriage returns, which would become tokens."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def decode_text(data: bytes, path: str, flag: str = "") -> str:
-    """Return a text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, without the mark and carriage returns.
-
-    path: - for standard input. flag: the one that names it. Raises UserError, which says how to convert the file.
-    """
-    marks = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    mark = next((mark for mark in marks if data.startswith(mark)), b"")
-    with suppress(UnicodeError):
-        if mark or not utf16_without_mark(data):
-            return data.decode({0: "utf-8-sig", 2: "utf-16", 4: "utf-32"}[len(mark)]).replace("\r\n", "\n")
-    found, wrong = guess_encoding(data), f"{flag} {path}".strip() + " is not UTF-8 text"
-    if found is None:
-        raise UserError(f"{wrong}: it seems to be no text at all: give another file")
-    target = "" if path == "-" else f" {shlex.quote(path)} > {shlex.quote(f'{path}.utf8')}"
-    raise UserError(f"{wrong}: it seems to be {found}: convert it with iconv -f {found} -t UTF-8{target}")
-
-
-def guess_encoding(data: bytes) -> str | None:
-    """Return the likely encoding of a text that is not UTF-8, as iconv names it, or None if it is no text."""
-    if found := utf16_without_mark(data):
-        return found
-    if any(byte < 32 and byte not in b"\t\n\f\r\x1b" for byte in data):
-        return None
-    high = [byte for byte in data if byte >= 0x80]
-    letters = sum(byte >= 0x80 or chr(byte).isalpha() for byte in data)
-    if 2 * len(high) > letters:  # not a Western language
-        if sum(byte >= 0xC0 for byte in high) > 0.9 * len(high):  # Cyrillic, whose most frequent letters are small
-            return "KOI8-R" if 2 * sum(byte < 0xE0 for byte in high) > len(high) else "WINDOWS-1251"
-        tried = ("SHIFT_JIS", "EUC-JP", "EUC-KR", "GB18030") if min(high) < 0xA1 else ("EUC-JP", "EUC-KR", "GB18030")
-        return next((name for name in tried if can_decode(data, name)), "WINDOWS-1252")
-    return "WINDOWS-1252" if any(byte < 0xA0 for byte in high) else "ISO-8859-1"
-
-
-def utf16_without_mark(data: bytes) -> str | None:
-    """Return the kind of UTF-16 that a text without a mark seems to have: every second byte of Western text is zero."""
-    even, odd = data[:4096:2].count(0), data[1:4096:2].count(0)
-    is_wide = max(even, odd) > 4 * min(even, odd) and max(even, odd) > len(data[:4096]) // 8
-    return ("UTF-16BE" if even > odd else "UTF-16LE") if is_wide else None
-
-
-def can_decode(data: bytes, encoding: str) -> bool:
-    """Return whether bytes are valid in an encoding."""
-    with suppress(UnicodeError):
-        return bool(data.decode(encoding))
-    return False
 
 
 class TolerantStream:

@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import subprocess
 import time
 from contextlib import suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.common import atomic_write, one_line, warn
+from support.common import atomic_write, one_line, quoted, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
 # of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
@@ -135,7 +134,7 @@ def summary(log_path, tokens, clock, device):
     if losses:
         best = int(np.argmin(losses))
         lines.append(f"validation loss: {losses[-1]:.4f}, at best {losses[best]:.4f} at step {steps[best]}")
-    out_dir = shlex.quote(os.path.relpath(log_path.parent))
+    out_dir = quoted(log_path.parent)
     lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
     lines.append(f"to generate text: python sample.py --model {out_dir}")
     more = f"--resume --max_steps {2 * clock.last_step} --override max_steps"

@@ -8,33 +8,35 @@ used, because every worker imports this file.
 
 import functools
 import glob
-import gzip
 import hashlib
-import io
 import itertools
-import json
 import os
 import platform
 import re
+import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from support.common import UserError, one_line
+from support.common import UserError, lfs_message, one_line, warn
+from support.texts import BINARY, SUFFIXES, check_column, encoding_error, file_texts, list_names, open_file, text_format
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")  # .gz may follow
 MANIFEST_NAME = re.compile(r"manifest(_node\d+)?\.json")  # written by fineweb.py beside its shards; never a document
+METADATA_NAME = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow")  # by `datasets`; neither
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")  # name or org/name, then an optional :config
 TASK_CHARACTERS = 2**20  # a worker tokenizes this many in about 40 ms, and they need little memory
 ROW_GROUP_BYTES = 2**25  # a row group with at most this much text is one task; a larger one is split
+EARLY_CHECK = 10_000  # after this many rows, a source whose rows mostly have no text fails before its end
 
 
 class RowGroup(NamedTuple):
     """A part of a parquet file. The worker reads it, so only its tokens pass between processes."""
 
     path: str
+    column: str
     index: int
     rows_before: int
 
@@ -42,58 +44,104 @@ class RowGroup(NamedTuple):
 Task = list[str] | RowGroup  # the documents that a worker tokenizes at a time
 
 
+class Tally:
+    """The column that holds the texts, and counts of rows and files: all, and those skipped because they have none."""
+
+    def __init__(self, column: str = "text"):
+        self.column, self.total, self.skipped, self.first = column, Counter(), Counter(), {}
+
+    def add(self, kind: str, total: int, skipped: int, example: str = "") -> None:
+        """Count some rows or files; `kind` is "row" or "file". Raises UserError if most rows of many have no text."""
+        self.total[kind] += total
+        self.skipped[kind] += skipped
+        if skipped:
+            self.first.setdefault(kind, example)
+            if self.total["row"] >= EARLY_CHECK:
+                self.check()
+
+    def check(self) -> None:
+        """Raise UserError if more than half of the rows or of the files have no text."""
+        for kind, fix in (("row", "name the column of the texts with --text_column"), ("file", "check --source")):
+            skipped, total = self.skipped[kind], self.total[kind]
+            if 2 * skipped > total:
+                others = f", like {skipped:,} of the {total:,} {kind}s" if total > 1 else ""
+                raise UserError(f"{self.first[kind]}{others}: {fix}")
+
+    def report(self) -> None:
+        """Print a warning about what was skipped, with the first example."""
+        for kind, example in self.first.items():
+            warn(f"skipped {self.skipped[kind]:,} of {self.total[kind]:,} {kind}s ({example})")
+
+
 # --- sources to tasks -------------------------------------------------------------------------------------------------
 
 
-def open_source(source: str, pinned: str | None) -> tuple[Iterator[Task], str]:
+def open_source(source: str, pinned: str | None, tally: Tally | None = None) -> tuple[Iterator[Task], str]:
     """Return a source's tasks, which are read when they are asked for, and its revision, which identifies its content.
 
-    `pinned` is the revision in an earlier run's manifest. A Hub dataset is read at that revision.
-    Raises UserError at once if the source does not exist, and later if a document cannot be read.
+    `pinned` is the revision in an earlier run's manifest. A Hub dataset is read at that revision. The tally counts what
+    the tasks skip. Raises UserError at once if the source does not exist, and later if a document cannot be read.
     """
     cached_parquet.cache_clear()  # a file may have changed since an earlier run in this process opened it
+    tally = tally or Tally()
     if source == "stdlib":
         return batched(stdlib_texts()), f"python {platform.python_version()}"
     name, _, config = source.partition(":")
-    # A name with a suffix means a file, even if there is none: asking the Hub would blame the network for a typo.
-    if Path(source).exists() or not HUB_NAME.fullmatch(source) or re.search(r"\.[a-zA-Z]\w*$", name):
-        try:
+    try:
+        # A name with a suffix means a file, even if there is none: asking the Hub would blame the network for a typo.
+        if Path(source).exists() or not HUB_NAME.fullmatch(source) or re.search(r"\.[a-zA-Z]\w*$", name):
             files = source_files(source)
             sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}): check --source") from error
-        return file_tasks(map(str, files)), hashlib.sha256(sizes.encode()).hexdigest()[:16]
+            return file_tasks(map(str, files), tally), hashlib.sha256(os.fsencode(sizes)).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check --source") from error
     revision = pinned or hub_dataset(name).sha
-    return hub_tasks(name, config or None, revision), revision
+    return hub_tasks(name, config or None, revision, tally), revision
 
 
 def source_files(source: str) -> list[Path]:
     """Return the files of a path, a glob or a folder with its subfolders, sorted by name; hidden ones are left out.
 
-    Raises UserError if there is no file or if one is empty or of another format, and OSError.
+    Raises UserError if there is no file, or if one is of another format or only git-lfs's pointer, and OSError.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and text_format(file) in SUFFIXES]
-        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    elif path.exists():
-        found = [path]
-    else:
-        found = {Path(match) for match in glob.glob(str(path), recursive=True)}  # ** may find a file several times
-    files = sorted(file for file in found if file == path or not MANIFEST_NAME.fullmatch(file.name))
+    path = Path(os.path.expanduser(source))
+    # ** may find a file several times
+    found = {path} if path.exists() else {Path(match) for match in glob.glob(str(path), recursive=True)}
+    found = set(itertools.chain.from_iterable(folder_files(match) if match.is_dir() else [match] for match in found))
+    names = (MANIFEST_NAME, METADATA_NAME)
+    files = sorted(file for file in found if file == path or not any(name.fullmatch(file.name) for name in names))
     if not files:
         raise UserError(f"{source}: no such file, or no {', '.join(SUFFIXES)} file in it: check --source")
     for file in files:
         if text_format(file) not in SUFFIXES:
-            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}, with or without .gz: check --source")
-        if file.stat().st_size == 0:
-            raise UserError(f"{file} is empty: check --source")
+            raise UserError(f"{file} is none of {', '.join(SUFFIXES)}, with or without .gz or .zst: check --source")
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UserError(f"{file} is not a regular file: save its contents in one, and check --source")
+        if message := lfs_message(file):
+            raise UserError(message)
     return files
 
 
-def text_format(path: str | Path) -> str:
-    """Return the suffix without .gz: ".txt" for both a.txt and a.txt.gz."""
-    return Path(str(path).removesuffix(".gz")).suffix
+def folder_files(folder: Path) -> Iterator[Path]:
+    """Yield a folder's files in our formats. Links are followed, but no folder is read twice. Raises OSError."""
+
+    def on_error(error: OSError):
+        if error.filename == str(folder):
+            raise error
+        warn(f"{error.filename} is skipped, because it cannot be read ({error.strerror})")
+
+    read, starts = set(), [str(folder)]
+    while starts:  # links come last, so that a folder keeps its own name
+        for parent, folders, files in os.walk(starts.pop(0), onerror=on_error):
+            is_new = os.path.realpath(parent) not in read
+            folders[:] = [name for name in sorted(folders) if is_new and not name.startswith(".")]
+            starts += [os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+            read.add(os.path.realpath(parent))
+            for path in (Path(parent, name) for name in files if is_new and not name.startswith(".")):
+                if path.is_file() and text_format(path) in SUFFIXES:
+                    yield path
+                elif text_format(path) in SUFFIXES:
+                    warn(f"{path} is skipped, because it is not a file, or a link to none")
 
 
 def hub_dataset(name: str, **options):
@@ -107,7 +155,7 @@ def hub_dataset(name: str, **options):
         raise UserError(f"{name} {reason}: check the name and the network") from error
 
 
-def hub_tasks(name: str, config: str | None, revision: str) -> Iterator[Task]:
+def hub_tasks(name: str, config: str | None, revision: str, tally: Tally) -> Iterator[Task]:
     """Yield the tasks of a Hub dataset's split "train". They are streamed: the disk keeps nothing. Raises UserError."""
     from datasets import load_dataset, load_dataset_builder
 
@@ -118,19 +166,34 @@ def hub_tasks(name: str, config: str | None, revision: str) -> Iterator[Task]:
         reason = f"has no split `train` to stream ({one_line(error)})"
         raise UserError(f"{name}:{config or ''} {reason}: check --source and the network") from error
     if all(text_format(file) in SUFFIXES for file in files):
-        yield from file_tasks(files)
+        yield from file_tasks(files, tally)
     else:
         rows = load_dataset(name, config, split="train", streaming=True, revision=revision)
-        yield from batched(require_texts((row.get("text") for row in rows), name))
+        yield from batched(require_texts((row.get(tally.column, row) for row in rows), name, tally))
+        tally.check()
 
 
-def file_tasks(paths: Iterable[str]) -> Iterator[Task]:
+def file_tasks(paths: Iterable[str], tally: Tally) -> Iterator[Task]:
     """Yield the tasks of files, local or on the Hub (hf://…), in the order of the paths. Raises UserError."""
     for is_parquet, group in itertools.groupby(paths, key=lambda path: text_format(path) == ".parquet"):
         if is_parquet:
-            yield from itertools.chain.from_iterable(map(parquet_tasks, group))
+            yield from itertools.chain.from_iterable(count_file(parquet_tasks, path, tally) for path in group)
         else:
-            yield from batched(itertools.chain.from_iterable(require_texts(file_texts(path), path) for path in group))
+            yield from batched(itertools.chain.from_iterable(count_file(read_file, path, tally) for path in group))
+    tally.check()
+
+
+def count_file(read: Callable[[str, Tally], Iterator], path: str, tally: Tally) -> Iterator:
+    """Yield what `read` yields for a file, and count the file, which is skipped if it has no rows."""
+    before = tally.total["row"]
+    if not os.path.exists(path) or os.path.getsize(path):  # a path on the Hub does not exist here
+        yield from read(path, tally)
+    tally.add("file", 1, int(tally.total["row"] == before), f"{path} is empty")
+
+
+def read_file(path: str, tally: Tally) -> Iterator[str]:
+    """Yield the texts of a file that is not parquet. Raises UserError."""
+    return require_texts(file_texts(path, tally.column, TASK_CHARACTERS), path, tally)
 
 
 def batched(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -146,32 +209,33 @@ def batched(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def parquet_tasks(path: str) -> Iterator[Task]:
+def parquet_tasks(path: str, tally: Tally) -> Iterator[Task]:
     """Yield one task per row group of a parquet file: a RowGroup, or several lists of texts if it is large.
 
-    Raises UserError if the file cannot be read or has no column `text` of strings.
+    Raises UserError if the file cannot be read or has no such column of strings.
     """
     try:
         file = open_parquet(path)
     except Exception as error:
         raise unreadable(path, 0, error) from error
-    columns = file.schema_arrow.names
-    if "text" not in columns:
-        raise UserError(f"{path} has no column `text` (it has {', '.join(columns)}): check --source")
-    # The metadata counts leaves: a nested column has several, and none of them has the column's own name.
-    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
-    if "text" not in leaves:
-        kind = file.schema_arrow.field("text").type
-        raise UserError(f"{path} has a column `text` of {kind}, not of strings: check --source")
+    check_column(path, file.schema_arrow, tally.column)
+    # The metadata counts leaves, of which a nested column has several.
+    leaf = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)].index(tally.column)
     rows = 0
     for index in range(file.num_row_groups):
         group = file.metadata.row_group(index)
-        if group.column(leaves.index("text")).total_uncompressed_size <= ROW_GROUP_BYTES:
-            yield RowGroup(path, index, rows)
+        chunk = group.column(leaf)
+        statistics = chunk.statistics
+        if statistics and statistics.has_null_count and chunk.total_uncompressed_size <= ROW_GROUP_BYTES:
+            example = f"{path}: a row after row {rows:,} has no string named `{tally.column}`"
+            tally.add("row", group.num_rows, statistics.null_count, example)
+            yield RowGroup(path, tally.column, index, rows)
         else:
-            batches = file.iter_batches(batch_size=64, row_groups=[index], columns=["text"], use_threads=False)
+            batches = file.iter_batches(batch_size=64, row_groups=[index], columns=[tally.column], use_threads=False)
             texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            yield from batched(require_texts(texts, path, rows))
+            texts = require_texts(texts, path, tally, rows)
+            is_small = chunk.total_uncompressed_size <= ROW_GROUP_BYTES
+            yield from [list(texts)] if is_small else batched(texts)
         rows += group.num_rows
 
 
@@ -182,12 +246,11 @@ def read_texts(task: Task) -> list[str]:
     """Return a task's documents. Raises UserError if one cannot be read."""
     if isinstance(task, list):
         return task
-    return list(require_texts(row_group_texts(task), task.path, task.rows_before))
-
-
-def row_group_texts(task: RowGroup) -> Iterator[str | None]:
-    """Yield the column `text` of a row group. As this is a generator, its errors reach require_texts."""
-    yield from cached_parquet(task.path).read_row_group(task.index, ["text"], use_threads=False).column(0).to_pylist()
+    try:
+        group = cached_parquet(task.path).read_row_group(task.index, [task.column], use_threads=False)
+        return [text for text in group.column(0).to_pylist() if text is not None]  # parquet_tasks counted the others
+    except Exception as error:
+        raise unreadable(task.path, task.rows_before, error) from error
 
 
 def open_parquet(path: str):
@@ -202,47 +265,27 @@ def open_parquet(path: str):
 cached_parquet = functools.lru_cache(maxsize=2)(open_parquet)  # a worker reads many row groups of the same file
 
 
-def open_file(path: str) -> io.IOBase:
-    """Open a file for reading bytes, local or on the Hub, whose library repeats requests that fail."""
-    if not path.startswith("hf://"):
-        return open(path, "rb")
-    from huggingface_hub import HfFileSystem
-
-    if text_format(path) == ".parquet":  # read in many places, so a cache would fetch more than is needed
-        return HfFileSystem().open(path, cache_type="none")
-    return HfFileSystem().open(path, block_size=2**24)
-
-
-def file_texts(path: str) -> Iterator[str | None]:
-    """Yield the `text` of each row of a .jsonl or .json file (None if it has none), or the whole of a .txt file."""
-    # `datasets` is not used: its JSON reader turns the text "2024-01-01" into a date, and fails at a lone surrogate.
-    with open_file(path) as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
-        if text_format(path) == ".txt":
-            yield file.read().decode()
-            return
-        # A .json file is one array, or has one row per line like .jsonl.
-        is_array = text_format(path) == ".json" and file.read(256).lstrip()[:1] == b"["
-        file.seek(0)
-        for row in json.loads(file.read()) if is_array else (json.loads(line) for line in file if not line.isspace()):
-            yield row.get("text") if isinstance(row, dict) else None
-
-
-def require_texts(texts: Iterable[str | None], origin: str, rows_before: int = 0) -> Iterator[str]:
-    """Yield the texts. Raises UserError, which names the origin, for a row without a text and for a failed read."""
+def require_texts(texts: Iterable, origin: str, tally: Tally, rows_before: int = 0) -> Iterator[str]:
+    """Yield the texts, and count and skip what is not a string. Raises UserError, which names the origin."""
     row = rows_before
     try:
         for row, text in enumerate(texts, start=rows_before + 1):
-            if not isinstance(text, str):
-                raise UserError(f"{origin}: row {row} has no string named `text`: check --source")
-            yield text
+            if isinstance(text, str):
+                tally.add("row", 1, 0)
+                yield text
+            else:
+                keys = f" (it has {list_names(text)})" if isinstance(text, dict) else ""
+                tally.add("row", 1, 1, f"{origin}: row {row} has no string named `{tally.column}`{keys}")
     except UserError:
         raise
-    except Exception as error:  # the Hub, HTTP, Arrow, gzip and json each raise their own errors
+    except Exception as error:  # the Hub, HTTP, Arrow, gzip, csv and json each raise their own errors
         raise unreadable(origin, row, error) from error
 
 
 def unreadable(origin: str, row: int, error: Exception) -> UserError:
     """Return the error for a failed read. If the source is not a local file, trying again may help."""
+    if isinstance(error, UnicodeDecodeError) and Path(origin).exists() and text_format(origin) not in BINARY:
+        return encoding_error(origin, error)
     fix = "check --source" if Path(origin).exists() else "check the network and run the same command again to continue"
     return UserError(f"{origin} cannot be read after row {row} ({one_line(error)}): {fix}")
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from support.common import UserError, decode_text, lfs_message, one_line, plain_prompt, warn
+from support.common import UserError, lfs_message, one_line, warn
+from support.texts import decode_prompt, plain_prompt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 GPT2_IDS = range(50257, 51201)  # of an embedding for GPT-2's 50,257 ids: exact, with a few more, or padded up to 1,024
@@ -73,7 +74,7 @@ def read_prompt(prompt: str, path: str | None) -> str:
     try:
         if path is not None:
             data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-            prompt = decode_text(data, path, "--prompt_file").removesuffix("\n")  # editors and echo add the last one
+            prompt = decode_prompt(data, path).removesuffix("\n")  # editors and echo add the last one
         prompt = plain_prompt(prompt)
         prompt.encode()  # raises if the shell passed bytes that are not text
     except UnicodeError:

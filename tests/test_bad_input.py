@@ -333,7 +333,8 @@ NUMBERS = {  # every flag of train_gpt2.py whose value is a number, by its type
     if number in (field.type, *get_args(field.type)) and field.name not in ("vocab_size", "betas")  # no flag, and two
 }
 MAY_BE_ZERO = (
-    "dropout max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed sample_seed".split()
+    "dropout max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed sample_seed "
+    "batch_ramp_steps".split()
 )
 
 

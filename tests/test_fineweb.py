@@ -470,8 +470,8 @@ def test_a_folder_of_every_format_is_read_in_order_of_name(tmp_path):
     (corpus / "deep" / "e.jsonl").write_text('{"text": "2024-01-01"}\n{"text": "\\ud800 \u2028 same row"}')
     (corpus / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped"}\n'))
     (corpus / "g.txt.gz").write_bytes(gzip.compress(b"zipped text\r\n"))
-    expected = ["parquet 1", "2", "a text\r\nof lines\n\n\u2028", "array 1", "array 2", "line 1", "line 2"]
-    expected += ["2024-01-01", "\ud800 \u2028 same row", "zipped", "zipped text\r\n"]
+    expected = ["parquet 1", "2", "a text\nof lines\n\n\u2028", "array 1", "array 2", "line 1", "line 2"]
+    expected += ["2024-01-01", "\ud800 \u2028 same row", "zipped", "zipped text\n"]
     assert texts_of(corpus) == expected
     assert texts_of(corpus / "*.json") == expected[3:7]
     assert texts_of(corpus / "b.txt") == expected[2:3]
@@ -493,7 +493,7 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path):
     texts = [f"{i} " + os.urandom(5000).hex() for i in range(6000)]
     table = pa.table({"meta": [{"text": "no"}] * len(texts), "text": texts})
     pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10_000, use_dictionary=False)
-    before, tasks = pa.total_allocated_bytes(), sources.parquet_tasks(str(tmp_path / "a.parquet"))
+    before, tasks = pa.total_allocated_bytes(), sources.parquet_tasks(str(tmp_path / "a.parquet"), sources.Tally())
     first = next(tasks)
     assert sum(map(len, first)) < 2e6 and pa.total_allocated_bytes() - before < 30e6
     assert [text for task in (first, *tasks) for text in task] == texts
@@ -501,24 +501,24 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path):
 
 def test_other_formats_are_streamed_by_datasets(tmp_path):
     """Guards formats without a reader of ours. `datasets` opens a folder in the same way as the Hub."""
-    (tmp_path / "train.csv").write_text("text,id\none,1\ntwo,2\n")
-    assert list(sources.hub_tasks(str(tmp_path), None, "main")) == [["one", "two"]]
+    (tmp_path / "train.ndjson").write_text('{"text": "one", "id": 1}\n{"text": "two", "id": 2}\n')
+    assert list(sources.hub_tasks(str(tmp_path), None, "main", sources.Tally())) == [["one", "two"]]
     with pytest.raises(UserError, match="has no split `train` to stream"):
-        list(sources.hub_tasks(str(tmp_path), "no-such-config", "main"))
+        list(sources.hub_tasks(str(tmp_path), "no-such-config", "main", sources.Tally()))
 
 
 @pytest.mark.parametrize(
     "name, content, complaint",
     [
-        ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "row 2 has no string named `text`"),
-        ("rows.jsonl", b'{"text": "a"}\n{"text": 7}\n', "row 2 has no string named `text`"),
+        ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n{"body": "c"}\n', "row 2 has no string named `text`"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": 7}\n7\n', "row 2 has no string named `text`"),
         ("rows.jsonl", b'"a"\n', "row 1 has no string named `text`"),
         ("rows.jsonl", b'{"text": "a"}\n{"tex', "cannot be read after row 1"),
         ("rows.jsonl", b"", "is empty"),
         ("rows.parquet", b"PAR1 and no more", "cannot be read"),
         ("latin.txt", b"caf\xe9", "cannot be read"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cannot be read"),
-        ("rows.csv", b"text\na\n", "is none of .parquet, .jsonl, .json, .txt"),
+        ("rows.xml", b"<text>a</text>", "is none of .parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, complaint):

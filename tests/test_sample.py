@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 import fineweb
 import sample
 import train_gpt2
-from support.common import UserError, decode_text
+from support.common import UserError
+from support.texts import decode_prompt
 from support.tokenizer import encode_prompt, load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
@@ -281,6 +282,6 @@ def test_other_encodings_are_named(encoding, tmp_path):
     """The error has the command that converts the file, for a folder with a space as well."""
     path = str(tmp_path / "my prompt.txt")
     with pytest.raises(UserError) as error:
-        decode_text(TEXTS[encoding].encode(encoding), path, "--prompt_file")
+        decode_prompt(TEXTS[encoding].encode(encoding), path)
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > {shlex.quote(path + '.utf8')}"
     assert str(error.value).startswith(f"--prompt_file {path} is not UTF-8 text") and command in str(error.value)

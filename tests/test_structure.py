@@ -22,6 +22,7 @@ FORBIDDEN = {  # what importing a module must not load
     "hellaswag": HEAVY | {"tiktoken", "tyro", "train_gpt2"},
     "sample": HEAVY,
     "support.common": HEAVY | {"torch", "numpy"},
+    "support.texts": HEAVY | {"torch", "pyarrow", "huggingface_hub", "charset_normalizer"},
     "support.sources": HEAVY | {"torch", "pyarrow", "huggingface_hub"},
     "support.checkpoints": HEAVY | {"train_gpt2"},
     "support.generation": HEAVY | {"train_gpt2"},
