@@ -35,8 +35,8 @@ FIELD_CHARACTERS = 2**26  # of a csv field; a quote that is never closed would r
 CONTROLS = bytes([*range(9), *range(14, 32)])  # control characters that texts do not have
 # The encodings to guess, by their names for iconv. If several fit equally well, the first is taken.
 ENCODINGS = (
-    "ISO-8859-1 WINDOWS-1252 SHIFT_JIS GB18030 BIG5 EUC-JP CP949 WINDOWS-1251 KOI8-R CP1250 CP1253 CP1254 CP1255 CP1256 "
-    "UTF-16 UTF-16LE UTF-16BE UTF-32 UTF-32LE UTF-32BE"
+    "ISO-8859-1 WINDOWS-1252 SHIFT_JIS GB18030 BIG5 EUC-JP CP949 WINDOWS-1251 KOI8-R CP1250 "
+    "CP1253 CP1254 CP1255 CP1256 UTF-16 UTF-16LE UTF-16BE UTF-32 UTF-32LE UTF-32BE"
 ).split()
 
 
@@ -109,7 +109,7 @@ def encoding_error(path: str, error: UnicodeDecodeError) -> UserError:
 
 
 def guess_encoding(sample: bytes) -> tuple[str, str | None]:
-    """Return a flag for iconv, and its name of the likely encoding of a text that is not UTF-8, or None if it is none."""
+    """Return a flag for iconv and its name of the likely encoding of a text that is not UTF-8 (None: it is no text)."""
     from charset_normalizer import from_bytes  # comes with tiktoken
 
     replaced = [character for character in sample.decode("utf-8", "replace") if character > "\x7f"]

@@ -185,8 +185,8 @@ CHINESE = "从前有一只狐狸，它跑啊跑，然后在老树下睡着了。
 FRENCH = "Il était une fois un renard naïf à Noël; señor, Straße.\n" * 5
 ENCODED = {
     "ISO-8859-1": FRENCH.encode("latin-1"),
-    "CP1252": ("“It’s” a fox — " + FRENCH).encode("cp1252"),
-    "CP1251": RUSSIAN.encode("cp1251"),
+    "WINDOWS-1252": ("“It’s” a fox — " + FRENCH).encode("cp1252"),
+    "WINDOWS-1251": RUSSIAN.encode("cp1251"),
     "KOI8-R": RUSSIAN.encode("koi8-r"),
     "GB18030": CHINESE.encode("gbk"),
     "SHIFT_JIS": ("昔々、キツネがいました。走って走って、そして古い木の下で眠りました。\n" * 5).encode("shift_jis"),
@@ -221,9 +221,9 @@ def test_a_damaged_character_and_binary_data_are_told_apart(tmp_path, main):
         ("cut.txt", text[:-2], "iconv -c -f UTF-8"),
         ("late.txt", b"plain text\n" * 9999 + FRENCH.encode("latin-1"), "iconv -f ISO-8859-1"),
         ("end.txt", b"plain text\n" * 9999 + b"caf\xe9", "iconv -f ISO-8859-1"),
-        ("a.csv", b"text\n" + ENCODED["CP1251"], "iconv -f CP1251"),
-        ("a.jsonl", b'{"text": "' + ENCODED["CP1251"].replace(b"\n", b"") + b'"}', "iconv -f CP1251"),
-        ("a.txt.gz", gzip.compress(ENCODED["CP1251"]), f"gzip -dc {tmp_path}/a.txt.gz | iconv -f CP1251 -t UTF-8 > "),
+        ("a.csv", b"text\n" + ENCODED["WINDOWS-1251"], "iconv -f WINDOWS-1251"),
+        ("a.jsonl", b'{"text": "' + ENCODED["WINDOWS-1251"].replace(b"\n", b"") + b'"}', "iconv -f WINDOWS-1251"),
+        ("a.txt.gz", gzip.compress(ENCODED["WINDOWS-1251"]), f"gzip -dc {tmp_path}/a.txt.gz | iconv -f WINDOWS-1251"),
         ("a.png.txt", b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(3000), "binary data"),
         ("zeros.txt", bytes(3000), "binary data"),
     ]:
@@ -435,7 +435,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path, main, name):
         assert f"`git -C {tmp_path} lfs pull`" in err
     for shard in ("a_val_000000.npy", "a_train_000001.bin"):
         (tmp_path / shard).write_bytes(POINTER)
-        with pytest.raises(UserError, match=f"{shard} is a git-lfs pointer, not the data: run `git"):
+        with pytest.raises(UserError, match=f"{shard} is a git-lfs pointer, not the file itself: run `git"):
             open_shard(tmp_path / shard)
 
 
