@@ -1097,7 +1097,7 @@ def relation_errors(m, c):
                                 f"{c.seq_len} x {world_size} processes: {max(1, rows) * unit} is"),
         (rows and not remainder and rows % micro_batch, f"--micro_batch {micro_batch} does not divide a process's "
                                                         f"{rows} sequences of a batch: {divisor} does"),
-        (c.batch_ramp_steps > 0 and (c.total_batch_tokens % c.batch_ramp_from or c.batch_ramp_from % (unit * micro_batch)),
+        (c.batch_ramp_steps > 0 < c.total_batch_tokens % c.batch_ramp_from + c.batch_ramp_from % (unit * micro_batch),
          f"--batch_ramp_from {c.batch_ramp_from} must divide --total_batch_tokens {c.total_batch_tokens} and be a "
          f"multiple of {unit * micro_batch}, the tokens of a micro-batch on all processes"),
         (c.warmup_steps > c.max_steps > 0, f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
