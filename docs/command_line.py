@@ -27,11 +27,12 @@ CONFIGS = (train_gpt2.GPTConfig, train_gpt2.TrainConfig)
 RESUME = {"free": "yes", "named": "with `--override`", "fixed": "no"}
 HEAD = """# Command line
 
-This page is generated from the code by `python docs/command_line.py`. Do not edit it. `python SCRIPT --help` prints the same.
+This page is generated from the code by `python docs/command_line.py`. Do not edit it. `python SCRIPT --help` prints
+the same.
 
-Flags are spelled with `_` or `-`. A flag that is on or off is given as `--flag` or `--no_flag`. Exit codes: 0 for success, 2
-for a user error, which stderr explains, 75 for a training run that a signal stopped and `--resume` can continue, 130 for Ctrl-C
-in the other scripts. Paths among the defaults are relative to the project's folder.
+Flags are spelled with `_` or `-`. A flag that is on or off is given as `--flag` or `--no_flag`. Exit codes: 0 for
+success, 2 for a user error, which stderr explains, 75 for a training run that a signal stopped and `--resume` can
+continue, 130 for Ctrl-C in the other scripts. Paths among the defaults are relative to the project's folder.
 """
 
 
@@ -121,7 +122,10 @@ def page() -> str:
         texts, parameters = arguments(function), inspect.signature(function).parameters
         rows = [[f"`--{name}`", show(parameters[name].default), texts[name]] for name in parameters]
         parts += [f"## {script}\n", table("flag|default|meaning", rows)]
-    parts += ["## Benchmarks\n", "Each script in `benchmarks/` prints its flags with `--help`: see [Benchmarks](benchmarks.md).\n"]
+    parts += [
+        "## Benchmarks\n",
+        "Each script in `benchmarks/` prints its flags with `--help`: see [Benchmarks](benchmarks.md).\n",
+    ]
     return "\n".join(parts)
 
 

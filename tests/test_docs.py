@@ -1,10 +1,10 @@
 """
 The pages: README.md, CONTRIBUTING.md and docs/. Links, names of code, flags and commands must be those of the code.
 
-A block of code whose info string ends with `cpu` (```bash cpu, ```python cpu) is run by the slow test, page by page and in
-the order of the page, in a fresh copy of the repository. There is no network there, and no model. `my.txt` is a text of
-the project's own pages. Every `train_gpt2.py` gets the flags SMALL, so each run takes seconds. A block ```text output
-after a block is what it prints: numbers may differ by a tenth.
+A block of code whose info string ends with `cpu` (```bash cpu, ```python cpu) is run by the slow test, page by page
+and in the order of the page, in a fresh copy of the repository. There is no network there, and no model. `my.txt` is a
+text of the project's own pages. Every `train_gpt2.py` gets the flags SMALL, so each run takes seconds. A block
+```text output after such a block is what it prints: numbers may differ by a tenth.
 """
 
 import ast
@@ -114,8 +114,8 @@ def commands(text):
                 words = part.split()
             scripts = [i for i, word in enumerate(words) if word.endswith(".py") and (ROOT / word).exists()]
             if scripts and ({"python", "torchrun", "srun"} & set(words) or scripts[0] == 0):
-                flags = [word[2:].partition("=")[0].replace("-", "_") for word in words[scripts[0] :] if word[:2] == "--"]
-                yield words[scripts[0]], flags
+                flags = [match[1] for word in words[scripts[0] :] if (match := re.match(r"--([\w-]+)", word))]
+                yield words[scripts[0]], [flag.replace("-", "_") for flag in flags]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=ids)
@@ -129,7 +129,8 @@ def test_flags_exist(path):
 
 def test_commands_are_found():
     """The parser above sees the commands that it checks."""
-    text = "a=1 torchrun --x=1 train_gpt2.py --lr 1 \\\n  --no_shuffle  # python sample.py --no\npython fineweb.py | head --b"
+    text = "a=1 torchrun --x=1 train_gpt2.py --lr 1 \\\n  --no_shuffle  # python sample.py --no\n"
+    text += "python fineweb.py | head --b"
     assert list(commands(text)) == [("train_gpt2.py", ["lr", "no_shuffle"]), ("fineweb.py", [])]
 
 
