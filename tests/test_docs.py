@@ -33,7 +33,7 @@ torchrun() {{ if [[ "$*" == *train_gpt2.py* ]]; then set -- "$@" {SMALL}; fi; co
 
 
 def ids(path):
-    return path.name
+    return path.relative_to(ROOT).as_posix()
 
 
 def blocks(path):
