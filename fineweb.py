@@ -551,6 +551,22 @@ def prepare(
     return manifest
 
 
+def prepare_small(source: str, out_dir: Path, encoding: str) -> dict:
+    """Tokenize a corpus with a tenth of it for validation, at most SHARD_TOKENS, and return the manifest.
+
+    Another call with the same source only checks it. Raises UserError, also if out_dir has shards of another source.
+    """
+    before = read_manifest(out_dir)
+    if before["source"] == source and before["finished"]:
+        return prepare(source, out_dir, encoding, before["shard_tokens"], workers=1)
+    tokens = 0
+    for array in encode_all(open_source(source, None, Tally(TEXT))[0], encoding, workers=1):
+        tokens += len(array)
+        if tokens >= 10 * SHARD_TOKENS:
+            break
+    return prepare(source, out_dir, encoding, max(1, min(SHARD_TOKENS, tokens // 10)))
+
+
 def count_cores() -> int:
     """Return how many cores this process may use, if it shares them equally with the processes of its launcher."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

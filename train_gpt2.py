@@ -49,6 +49,7 @@ from support.common import UserError, flag
 from support.distributed import EXIT_STOPPED, Stopped, StopSignal, any_rank, from_rank0, gather, sum_over_ranks
 from support.generation import KVCache, pick_next_id
 from support.loss import chunk_loss, cross_entropy
+from support.muon import Muon
 
 HERE = Path(__file__).resolve().parent
 
@@ -80,6 +81,8 @@ class TrainConfig:
 
     preset: str = flag("gpt2", "free")  # the set of defaults that the other flags override
     data_dir: str = flag(str(fineweb.DATA_DIR), "free")  # token shards, from fineweb.py or published .bin files
+    source: str | None = flag(None, "free")  # instead of data_dir: make shards of this text, as fineweb.py, in out_dir
+    encoding: Literal["gpt2", "bytes"] = flag("gpt2", "free")  # of the shards of --source
     out_dir: str = flag(str(HERE / "log"), "free")  # folder to write: log.txt, curve.png and checkpoints/
     init_from: str | None = flag(None, "named")  # start from this Hugging Face name, model folder or output folder
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
@@ -88,6 +91,9 @@ class TrainConfig:
     seed: int = flag(1337, "named")  # seed of the initialization, the shuffle and dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
+    epochs: float = flag(
+        0.0, "free", at_least=0
+    )  # instead of max_steps: passes over the text, each evaluated ten times
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, over all processes (GPT-3: 0.5M)
     batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows linearly to its full size
     batch_ramp_from: int = flag(32768, "named", above=0)  # tokens of the first update, with --batch_ramp_steps (GPT-3)
@@ -119,6 +125,7 @@ class TrainConfig:
     val_tokens: int | Literal["auto"] = flag("auto", "free", above=0)
     log_interval: int = flag(1, "free", above=0)  # steps between printed lines; log.txt has all steps
     save_interval: int = flag(5000, "free", above=0)  # steps between checkpoints; the last is always saved (lecture)
+    save_best: bool = flag(False, "free")  # also save at evaluations with the lowest validation loss so far
     keep_checkpoints: int = flag(5, "free", above=0)  # number of newest checkpoints to keep (lecture: 4)
     sample_interval: int = flag(250, "free", at_least=0)  # steps between samples, 0 for none (lecture)
     prompt: str = flag("Hello, I'm a language model,", "free")  # start of the samples (lecture)
@@ -140,6 +147,14 @@ PRESETS = {
     # times AdamW's. Muon's updates have the size of AdamW's at any width, so its rate scales like AdamW's: 4 x 6e-4.
     "gpt2-fast": (GPTConfig(), TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear",
                                            min_lr_ratio=0.0, max_steps=9536, warmup_steps=358)),
+    # OpenAI's model learns one's own text: python train_gpt2.py --preset finetune --source my.txt. A tenth of the peak
+    # rate and dropout are for small texts; the newest two checkpoints are the best one and the last one
+    "finetune": (GPTConfig(dropout=0.1),
+        TrainConfig(
+            preset="finetune", out_dir=str(HERE / "finetune"), init_from="gpt2", epochs=3, lr=6e-5, warmup_steps=10,
+            total_batch_tokens=8192, save_best=True, keep_checkpoints=2, sample_interval=1000, hellaswag_file="none",
+        ),
+    ),
     "gpt2-medium": (GPTConfig(n_layer=24, n_head=16, n_embd=1024), TrainConfig(preset="gpt2-medium", lr=3e-4)),
     "gpt2-large": (GPTConfig(n_layer=36, n_head=20, n_embd=1280), TrainConfig(preset="gpt2-large", lr=2.5e-4)),
     "gpt2-xl": (GPTConfig(n_layer=48, n_head=25, n_embd=1600), TrainConfig(preset="gpt2-xl", lr=2e-4)),
@@ -483,57 +498,6 @@ class DataLoaderLite:
 # --- optimizers and learning rate -------------------------------------------------------------------------------------
 
 
-def orthogonalize(matrices):
-    """Return, in bfloat16, matrices near (n, a, b) whose singular values are all about 1 (Jordan et al. 2024)."""
-    x = matrices.bfloat16()
-    x = x.mT if x.size(1) > x.size(2) else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):  # each round maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: all come near 1
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT if matrices.size(1) > matrices.size(2) else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum for matrices (Jordan et al. 2024), scaled to the size of AdamW's updates (Moonshot 2025).
-
-    So one learning rate and one weight decay serve both optimizers. The same as torch.optim.Muon with match_rms_adamw,
-    except that query, key and value are orthogonalized separately, although c_attn.weight (3C, C) holds all three.
-    """
-
-    momentum = 0.95  # Jordan et al.
-    batch = 16  # weights of one shape that are multiplied together, and that FSDP gathers at once
-
-    def __init__(self, params, lr, weight_decay):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            same_shape = {}
-            for weight in group["params"]:
-                same_shape.setdefault(weight.shape, []).append(weight)
-            for weights in same_shape.values():
-                for start in range(0, len(weights), self.batch):
-                    self._update(weights[start : start + self.batch], group["lr"], group["weight_decay"])
-
-    def _update(self, weights, lr, weight_decay):
-        updates = []
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            average = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - self.momentum)
-            updates.append(gather(weight.grad.lerp(average, self.momentum).bfloat16()))  # Nesterov: one step ahead
-        rows, columns = weights[0].shape
-        parts = 3 if rows == 3 * columns else 1
-        updates = orthogonalize(torch.stack(updates).view(-1, rows // parts, columns)).reshape(-1, rows, columns)
-        scale = 0.2 * max(rows // parts, columns) ** 0.5  # 0.2: the root mean square of AdamW's updates
-        for weight, update in zip(weights, updates):
-            weight.mul_(1 - lr * weight_decay)
-            weight.add_(distributed.shard_like(weight, update.to(weight.dtype)), alpha=-lr * scale)
-
-
 def configure_optimizers(model, config):
     """Return the optimizers that --optimizer names; each parameter belongs to one. A new one is added here and to the
     names of --optimizer. All have train_step's learning rate. Biases and layer norms have no weight decay.
@@ -616,7 +580,8 @@ def pick_val_tokens(model_config, config, device_type):
     """Return --val_tokens, or for auto VAL_TOKENS; on a CPU at most a minute's work at 2e11 FLOP/s."""
     if config.val_tokens != "auto":
         return config.val_tokens
-    per_minute = 60 * 2e11 / (runlog.flops_per_token(model_config, config.seq_len) / 3)  # a third is forward
+    shape = GPTConfig() if config.init_from else model_config  # whose shape is not known yet
+    per_minute = 60 * 2e11 / (runlog.flops_per_token(shape, config.seq_len) / 3)  # a third is forward
     return max(config.seq_len, min(VAL_TOKENS, int(per_minute))) if device_type == "cpu" else VAL_TOKENS
 
 
@@ -949,8 +914,10 @@ def run_steps(start, training, config, runtime, writer):
             if not (start.evaluated and step == start.step):
                 with runtime.stop.covers_compiler():
                     evaluate(step, training, config, runtime)
-            retry = step % config.eval_interval == 0 and any_rank(writer.failed())
-            if last_step or retry or (step > 0 and step % config.save_interval == 0):
+            evaluated = step > 0 and step % config.eval_interval == 0
+            best = config.save_best and evaluated and any_rank(runtime.rank == 0 and training.log.is_best(step))
+            retry = evaluated and any_rank(writer.failed())
+            if last_step or best or retry or (step > 0 and step % config.save_interval == 0):
                 save(step, skipped, training, config, runtime, writer)
             if last_step:
                 break
@@ -1072,7 +1039,10 @@ def config_errors(m, c):
         (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
         (c.resume and c.overwrite, "--resume and --overwrite exclude each other: give one of them"),
         (restarted and c.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
-        (c.dry_run and demo_lacks_shards(c), "--dry_run cannot create the demo's shards: start it once without"),
+        (
+            c.dry_run and (demo_lacks_shards(c) or c.source),
+            "--dry_run writes nothing, not even shards: make them first",
+        ),
         (c.sample_interval and not c.prompt, "--prompt is empty: --sample_interval 0 turns samples off"),
     ]
     errors += [message for is_wrong, message in checks if is_wrong]
@@ -1111,7 +1081,7 @@ def file_errors(config):
     """Return a line for each problem with the files and folders that the configuration names."""
     errors = checkpoints.out_dir_errors(config.out_dir, config.resume, config.overwrite, config.init_from)
     try:
-        for split in () if demo_lacks_shards(config) else ("train", "val"):
+        for split in () if demo_lacks_shards(config) or config.source else ("train", "val"):
             foreign.check_data_dir(config.data_dir)
             fineweb.find_shards(config.data_dir, split)
     except UserError as error:
@@ -1126,9 +1096,21 @@ def file_errors(config):
     return errors
 
 
+def resolve_lengths(model_config, config, runtime):
+    """Return the configuration with numbers for --val_tokens auto and --epochs, for which the shards must exist."""
+    config = replace(config, val_tokens=pick_val_tokens(model_config, config, runtime.device.type))
+    if not config.epochs:
+        return config
+    tokens = sum(len(fineweb.open_shard(path)) for path in fineweb.find_shards(config.data_dir, "train"))
+    per_epoch = tokens / config.total_batch_tokens
+    steps = max(1, round(config.epochs * per_epoch))
+    warmup_steps = min(config.warmup_steps, steps // 2)
+    return replace(config, max_steps=steps, warmup_steps=warmup_steps, eval_interval=max(1, round(per_epoch / 10)))
+
+
 def demo_lacks_shards(config):
     """Return whether this is the demo and its shards do not exist yet, or only those of an interrupted start."""
-    if config.preset != "demo":
+    if config.preset != "demo" or config.source:
         return False
     manifest, shards = fineweb.read_manifest(config.data_dir), fineweb.list_shards(Path(config.data_dir))
     return not shards or (manifest.get("source") == "stdlib" and not manifest["finished"])
@@ -1154,6 +1136,10 @@ def parse_command_line(arguments):
     config = replace(config, override=override, prompt=tokenizer.plain_prompt(config.prompt))
     if config.init_from:  # None: the model's own size, with which a flag that is given must agree
         model_config = replace(model_config, **dict.fromkeys({*SHAPE_FLAGS} - common.given_flags(arguments)))
+    if config.source:
+        if config.data_dir != training_defaults.data_dir:
+            raise UserError("--source makes its shards in the output folder: leave --data_dir out, or --source")
+        config = replace(config, data_dir=str(Path(config.out_dir, "data")))
     if config.preset == "demo" and Path(config.out_dir).resolve() == Path(PRESETS["demo"][1].out_dir):
         config = replace(config, overwrite=not config.resume)  # in the demo's own folder each run starts over
     return model_config, config
@@ -1167,14 +1153,16 @@ def run(arguments):
         # only the machine's first process prints them
         raise UserError("\n".join(errors)) if os.environ.get("LOCAL_RANK", "0") == "0" else SystemExit(2)
     runtime = setup_runtime(config)
-    config = replace(config, val_tokens=pick_val_tokens(model_config, config, runtime.device.type))
     if config.dry_run:
+        config = resolve_lengths(model_config, config, runtime)
         return train(model_config, replace(config, hellaswag_file="none"), runtime)
     with common.locked(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
         if runtime.rank == 0 and demo_lacks_shards(config):
             fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
-        distributed.barrier()  # the others wait for the demo's shards
-        train(model_config, config, runtime)
+        if runtime.rank == 0 and config.source:
+            fineweb.prepare_small(config.source, config.data_dir, config.encoding)
+        distributed.barrier()  # the others wait for the shards
+        train(model_config, resolve_lengths(model_config, config, runtime), runtime)
 
 
 def main(arguments=None):

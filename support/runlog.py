@@ -89,6 +89,11 @@ class Log:
                 warn(f"{self.path} cannot be written ({error}). Log lines are kept in memory until it can.")
             self.warned = True
 
+    def is_best(self, step):
+        """Return whether this step's validation loss is the lowest so far. False if it has none."""
+        steps, losses = read_log(self.path).get("val", ([None], [0.0]))
+        return steps[-1] == step and losses[-1] == min(losses)
+
     def finish(self):
         """End the tracker's record."""
         self._track("finish")
@@ -136,6 +141,8 @@ def summary(log_path, tokens, clock, device):
         lines.append(f"validation loss: {losses[-1]:.4f}, at best {losses[best]:.4f} at step {steps[best]}")
     out_dir = quoted(log_path.parent)
     lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
+    if losses and (folder := log_path.parent / "checkpoints" / f"step_{steps[best]:06d}").exists():
+        out_dir = quoted(folder)  # the best one, which may be older than the last one
     lines.append(f"to generate text: python sample.py --model {out_dir}")
     more = f"--resume --max_steps {2 * clock.last_step} --override max_steps"
     lines.append(f"to train further: the same command with {more}")

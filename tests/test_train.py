@@ -680,6 +680,52 @@ def test_compiled_run(web_shards, hellaswag_rows, run_script, tmp_path):
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_own_text_in_one_command(tmp_path, shared_data, run_script, capsys):
+    """It makes shards with a tenth for validation, trains for whole epochs, and names the best checkpoint.
+
+    The best one is not the last one here, because the learning rate is so high that the model overfits.
+    """
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32)).save_pretrained(tmp_path / "gpt2")
+    text = (shared_data / "text" / "tinyshakespeare.txt").read_text()
+    (tmp_path / "my.txt").write_text(text[:20_000])
+    out = tmp_path / "my run"
+    flags = f"--preset finetune --init_from {tmp_path}/gpt2 --seq_len 64 --total_batch_tokens 1024 --epochs 3 --lr 0.1"
+    flags = [*flags.split(), "--device", "cpu", "--source", str(tmp_path / "my.txt"), "--out_dir", str(out)]
+    train_gpt2.main(flags)
+    printed = capsys.readouterr().out
+    manifest = fineweb.read_manifest(out / "data")
+    val, *train = [shard["tokens"] for shard in manifest["shards"].values()]
+    assert val == manifest["tokens"] // 10 and manifest["encoding"] == "gpt2"
+    steps = round(3 * sum(train) / 1024)
+    losses = dict(zip(*read_log(out / "log.txt")["val"]))
+    assert max(losses) == steps and len(losses) == steps + 1
+    best = min(losses, key=losses.get)
+    assert 0 < best < steps and f"at best {losses[best]:.4f} at step {best}" in printed
+    assert f"python sample.py --model '{out}/checkpoints/step_{best:06d}'" in printed and "sample 0: Hello" in printed
+    assert sorted(folder.name for folder in out.glob("checkpoints/*")) == [f"step_{best:06d}", f"step_{steps:06d}"]
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("data/*.npy")}
+    train_gpt2.main([*flags, "--overwrite", "--epochs", "1"])
+    assert shards == {path: path.stat().st_mtime_ns for path in out.glob("data/*.npy")}
+    (tmp_path / "my.txt").write_text(text[40_000:90_000])
+    with pytest.raises(SystemExit):
+        train_gpt2.main([*flags, "--overwrite", "--epochs", "1"])
+    assert "holds shards of other settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_gpt2.main([*flags, "--data_dir", str(tmp_path)])
+    assert "leave --data_dir out" in capsys.readouterr().err
+
+
+def test_own_text_from_scratch(tmp_path, shared_data, capsys):
+    """Any preset takes a text; bytes need no download."""
+    (tmp_path / "my.txt").write_text("One fox, two foxes. " * 300)
+    flags = (
+        "--preset demo --encoding bytes --n_layer 1 --n_embd 32 --epochs 2 --total_batch_tokens 1024 --micro_batch 8"
+    )
+    train_gpt2.main([*flags.split(), "--source", str(tmp_path / "my.txt"), "--out_dir", str(tmp_path / "out")])
+    assert fineweb.read_manifest(tmp_path / "out" / "data")["source"].endswith("my.txt")
+    assert read_log(tmp_path / "out" / "log.txt")["train"][0] == [*range(11)]
+
+
 def test_dry_run_writes_nothing(text_shards, tmp_path, capsys):
     """It checks the flags and prints the plan, also that of a run to continue."""
     flags = [*map(str, [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path / "out"])]
