@@ -152,9 +152,9 @@ def draw_reference(axes, name, value):
 
 # Dense TFLOP/s in bfloat16, or float16 where the GPU has no bfloat16, with sums in float32, for the MFU. Sources: the
 # data sheets (half of a figure "with sparsity"). For GeForce: the white papers of its architectures; for 4080 SUPER,
-# 4090 D and Laptop models NVIDIA's "AI TOPS" / 8, for the 50 series / 16, because those count FP4. A Laptop model has
-# the peak of its highest power limit. The first name that a device's name contains as whole words counts, so longer
-# names come first. A "$" is the end of the name, because an "RTX 5090 D" is another GPU than an "RTX 5090".
+# 4090 D, 4070, 4060 and Laptop models NVIDIA's "AI TOPS" / 8, for the 50 series / 16, because those count FP4. A Laptop
+# model has the peak of its highest power limit. The first name that a device's name contains as whole words counts, so
+# longer names come first. A "$" is the end of the name, because an "RTX 5090 D" is another GPU than an "RTX 5090".
 PEAK_TFLOPS = {
     "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250,
     "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148,
@@ -163,6 +163,7 @@ PEAK_TFLOPS = {
     "RTX 6000 Ada Generation": 364, "RTX A6000$": 154.8,
     "RTX 5090 Laptop GPU": 114, "RTX 4090 Laptop GPU": 85.8, "RTX 4090 D$": 147,
     "RTX 5090$": 209.5, "RTX 5080$": 112.6, "RTX 4090$": 165.2, "RTX 4080 SUPER$": 104.5, "RTX 4080$": 97.5,
+    "RTX 4070 Ti$": 80.2, "RTX 4070$": 58.3, "RTX 4060 Ti$": 44.1, "RTX 4060$": 30.3,
     "RTX 3090 Ti$": 80, "RTX 3090$": 71,
     "MI355X": 2500, "MI325X": 1307, "MI300X": 1307,
 }  # fmt: skip
