@@ -396,6 +396,23 @@ def test_recipes(main, tmp_path, one_thread):
     assert [record["curve"] for record in again] == [record["curve"] for record in records]
 
 
+@pytest.mark.slow
+def test_gpu_script(tmp_path, hellaswag_file):
+    """The dry run goes through all parts of a measurement on a GPU, and leaves one folder of results."""
+    peer = make_peer(tmp_path / "peer", train_gpt2=PEER_TRAINING, hellaswag=PEER_HELLASWAG)
+    flags = ["--dry_run", "--peer", peer, "--hellaswag", hellaswag_file, "--out", tmp_path / "out"]
+    command = [measure.ROOT / "benchmarks" / "gpu.sh", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1200)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 0, summary + done.stderr
+    parts = "machine", "tests", "step", "ladder", "peers", "hellaswag_speed", "shards", "training"
+    assert [line.split(":")[0] for line in summary.splitlines()] == [*parts] and summary.count(": ok, ") == len(parts)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    device = measure.pick_device("auto")
+    assert names >= {"log.txt", "curve.png", f"step_{device}_demo.json", f"ladder_{device}_demo.md"}
+    assert "aten::mm" in (tmp_path / "out" / f"step_{device}_demo_kernels.txt").read_text()
+
+
 def test_the_crossing_is_interpolated():
     """Half of the way in loss is half of the way in the logarithm of tokens. A loss that is never reached gives inf."""
     points = [(0.25, 3.0), (0.5, 2.0), (1, 1.0)]
