@@ -91,9 +91,7 @@ class TrainConfig:
     seed: int = flag(1337, "named")  # seed of the initialization, the shuffle and dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
-    epochs: float = flag(
-        0.0, "free", at_least=0
-    )  # instead of max_steps: passes over the text, each evaluated ten times
+    epochs: float = flag(0.0, "free", at_least=0)  # passes over the text, instead of max_steps; ten evaluations each
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, over all processes (GPT-3: 0.5M)
     batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows linearly to its full size
     batch_ramp_from: int = flag(32768, "named", above=0)  # tokens of the first update, with --batch_ramp_steps (GPT-3)

@@ -23,7 +23,9 @@ import peers
 import pytest
 import recipes
 import saving
+import scale
 import torch
+from count_step import count_fsdp_step, count_step
 from helpers import save_model
 
 import train_gpt2
@@ -232,6 +234,39 @@ def run_training_benchmark(run_script, tmp_path, program, *flags):
     return {next(iter(row.values())): row for row in result["rows"]}
 
 
+def test_counted_memory_is_what_a_gpu_needs():
+    """An eager pass of the 124M at B=64 took 25.57 GB on an H200, without moments and earlier gradients (h200.md)."""
+    parts, _, _ = count_step("gpt2", 64, micro_steps=2)
+    assert parts["peak"] - parts["moments"] - parts["gradients"] == pytest.approx(25.57e9, rel=0.005)
+    assert parts["moments"] == pytest.approx(2 * parts["weights"], rel=1e-3)
+    assert parts["gradients"] == parts["weights"] > 4 * 124_439_808
+
+
+@pytest.mark.slow
+def test_counted_memory_of_a_shard():
+    """FSDP keeps an eighth of weights and moments on each of 8 ranks, but whole gradients between micro-steps."""
+    whole, _, _ = count_step("gpt2", 4, micro_steps=2)
+    parts, first, last = count_fsdp_step("gpt2", 4, micro_steps=2, ranks=8)
+    for name in "weights", "moments":
+        assert parts[name] == pytest.approx(whole[name] / 8, rel=1e-3)
+    assert parts["gradients"] >= whole["gradients"]
+    assert len(first) == 2 * 12 + 1 and len(last) == 3 * 12 + 2
+
+
+@pytest.mark.slow
+def test_scale(main, tmp_path):
+    """Each number of ranks has its rows, and the report has its tables."""
+    code, stdout, stderr = main(scale, ["--presets", "demo", "--ranks", 1, 8, 512, "--out_dir", tmp_path])
+    assert code == 0, stderr
+    rows = read_report(tmp_path, "scale", stdout)["rows"][:3]
+    assert [(row["ranks"], row["layout"], row["B x m"]) for row in rows] == [
+        (1, "one", "16 x 1"), (8, "DDP", "2 x 1"), (8, "FSDP", "2 x 1")
+    ]  # fmt: skip
+    assert rows[0]["efficiency"] == 1 > rows[1]["efficiency"] and rows[0]["sent"] == 0
+    assert rows[1]["sent"] == pytest.approx(2 * 7 / 8 * rows[1]["weights"])
+    assert stdout.count("\n## ") == 2
+
+
 @pytest.mark.slow
 def test_ladder(run_script, tmp_path):
     """Every rung of this machine is measured, on the same rows from the same seed, and the last one is profiled."""
@@ -359,6 +394,23 @@ def test_recipes(main, tmp_path, one_thread):
     again = list(map(json.loads, cache.read_text().splitlines()))
     assert again[:-2] == records[:-2]
     assert [record["curve"] for record in again] == [record["curve"] for record in records]
+
+
+@pytest.mark.slow
+def test_gpu_script(tmp_path, hellaswag_file):
+    """The dry run goes through all parts of a measurement on a GPU, and leaves one folder of results."""
+    peer = make_peer(tmp_path / "peer", train_gpt2=PEER_TRAINING, hellaswag=PEER_HELLASWAG)
+    flags = ["--dry_run", "--peer", peer, "--hellaswag", hellaswag_file, "--out", tmp_path / "out"]
+    command = [measure.ROOT / "benchmarks" / "gpu.sh", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1200)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 0, summary + done.stderr
+    parts = "machine", "tests", "step", "ladder", "peers", "hellaswag_speed", "shards", "training"
+    assert [line.split(":")[0] for line in summary.splitlines()] == [*parts] and summary.count(": ok, ") == len(parts)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    device = measure.pick_device("auto")
+    assert names >= {"log.txt", "curve.png", f"step_{device}_demo.json", f"ladder_{device}_demo.md"}
+    assert "aten::mm" in (tmp_path / "out" / f"step_{device}_demo_kernels.txt").read_text()
 
 
 def test_the_crossing_is_interpolated():

@@ -8,14 +8,30 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
 from helpers import ROOT, TINY, Program, assert_same_run, error_lines, worker
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from support.runlog import flops_per_token, read_log
-from train_gpt2 import GPT, PRESETS, GPTConfig
+from train_gpt2 import (
+    GPT,
+    PRESETS,
+    DataLoaderLite,
+    GPTConfig,
+    Runtime,
+    TrainConfig,
+    configure_optimizers,
+    train_step,
+    wrap_model,
+)
 
 # 33 channels, and with them most tensors, do not divide by two processes; micro-steps add up; 29 rows to validate on,
 # two at a time, leave one process none in the end: it must not stay away, for shards need all in each forward pass
@@ -228,6 +244,125 @@ def test_two_nodes_survive_a_killed_rank(text_shards, run_script, tmp_path):
     assert_same_run(tmp_path / "out", tmp_path / "two")
     one, _ = trained(run_script, tmp_path / "one", "--data_dir", text_shards, "--total_batch_tokens", 4096)
     assert_close(read_log(tmp_path / "out" / "log.txt"), one)
+
+
+# --- what the processes send, counted with a process group that sends nothing -----------------------------------------
+
+RANKS = 8
+
+
+@pytest.fixture
+def fake_group():
+    """A process group in which this process is the first of RANKS, and the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    yield
+    dist.destroy_process_group()
+
+
+def parallel_training(data_dir, micro_steps, steps, watch, dtype=torch.float32, compile=False, fsdp=False, **shape):
+    """Run train_step as one of RANKS processes. watch(model, raw_model, loader) is called before. Return the model."""
+    raw_model = GPT(GPTConfig(block_size=16, vocab_size=257, n_head=2, **shape))
+    config = TrainConfig(total_batch_tokens=RANKS * micro_steps * 2 * 16, seq_len=16)
+    loader = DataLoaderLite(data_dir, "train", 2, 16, 0, RANKS)
+    runtime = Runtime(0, RANKS, torch.device("cpu"), dtype, compile, fsdp)
+    model = wrap_model(raw_model, runtime)
+    optimizers, scaler = configure_optimizers(raw_model, config), torch.amp.GradScaler("cpu", enabled=False)
+    watch(model, raw_model, loader)
+    for step in range(steps):
+        train_step(model, optimizers, scaler, loader, step, config, runtime)
+
+
+def record_buckets(model, record):
+    """Call record(bucket) when DDP would sum a bucket of gradients over the processes."""
+
+    def hook(_, bucket):
+        record(bucket)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    model.register_comm_hook(None, hook)
+
+
+def test_gradients_are_sent_while_a_compiled_model_computes(text_shards, fake_group, monkeypatch):
+    """DDP splits the compiled graph where its buckets end: a bucket is sent as soon as its part has been computed."""
+    graphs, events = [], []
+
+    def compile_backward(graph, _):
+        graphs.append(graph)
+        number = len(graphs)
+
+        def run(*inputs):
+            events.append(f"graph {number}")
+            return graph.forward(*inputs)
+
+        return make_boxed_func(run)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=compile_backward)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # Inductor would take a minute
+
+    def watch(model, raw_model, loader):
+        record_buckets(model, lambda bucket: events.append("bucket"))
+
+    torch._dynamo.reset()
+    parallel_training(text_shards, 2, 2, watch, compile=True, n_layer=2, n_embd=768)  # 28 MB a block, 25 MB a bucket
+    torch._dynamo.reset()
+    last_step = events[len(events) // 2 :]
+    computed = [event for event in last_step if event != "bucket"]
+    assert len(graphs) == len({*computed}) > 1
+    first, last = last_step.index("bucket"), len(last_step) - last_step[::-1].index(computed[-1]) - 1
+    assert first > len(computed) // 2  # nothing is sent in the first of two micro-steps
+    assert first < last
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_a_sharded_step(text_shards, fake_group, dtype):
+    """A block's weights are gathered for each pass, the rest once for both, and gradients are summed once a step."""
+    micro_steps, layers, sent = 3, 4, []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            for name in "_allgather_base", "_reduce_scatter_base":
+                if name in str(function):
+                    whole = max(tree_leaves(args[:2]), key=lambda tensor: tensor.numel())
+                    sent.append((name, whole.nbytes, whole.dtype))
+            return function(*args, **(kwargs or {}))
+
+    sizes = []
+
+    def watch(model, raw_model, loader):
+        sizes.extend(sum(p.numel() for p in part.parameters()) for part in (raw_model, raw_model.transformer.h))
+
+    with Recorder():
+        parallel_training(text_shards, micro_steps, 1, watch, dtype, fsdp=True, n_layer=layers, n_embd=64)
+    everything, blocks = sizes
+    gathered = [bytes for name, bytes, _ in sent if name == "_allgather_base"]
+    reduced = [(bytes, dtype) for name, bytes, dtype in sent if name == "_reduce_scatter_base"]
+    assert len(gathered) == micro_steps * (2 * layers + 1) and len(reduced) == layers + 1
+    assert sum(gathered) == micro_steps * (2 * dtype.itemsize * blocks + 4 * (everything - blocks))
+    assert sum(bytes for bytes, _ in reduced) == 4 * everything and {dtype for _, dtype in reduced} == {torch.float32}
+
+
+def test_gradients_have_no_second_copy(text_shards, fake_group):
+    """DDP keeps gradients in its buckets. A gradient that was set to None is a new tensor until the last micro-step."""
+    buckets, outside = set(), []
+
+    def watch(model, raw_model, loader):
+        record_buckets(model, lambda bucket: buckets.add(bucket.buffer().untyped_storage().data_ptr()))
+        next_batch = loader.next_batch
+
+        def look():
+            gradients = [p.grad for p in raw_model.parameters() if p.grad is not None]
+            storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+            outside.append(len(storages - buckets) if gradients else None)
+            return next_batch()
+
+        loader.next_batch = look
+
+    parallel_training(text_shards, 3, 4, watch, n_layer=2, n_embd=64)
+    assert outside[2 * 3 :] == [0] * 2 * 3  # DDP moves its buckets once, after its first step
 
 
 # --- what scale costs -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import fineweb
 import train_gpt2
 from support import runlog
 from support.common import pick_dtype
-from support.runlog import Log, draw_curve, read_log
+from support.runlog import Log, draw_curve, peak_flops, read_log
 from train_gpt2 import (
     GPT,
     PRESETS,
@@ -425,6 +425,57 @@ def test_curve_of_a_run_that_fails(losses, recwarn):
     log = {"train": (list(range(len(losses))), losses), "val": ([0], losses[:1])}
     draw_curve({"": log}, {"encoding": "bytes"}).draw_without_rendering()
     assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [  # as torch.cuda.get_device_name reports them
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GB10", None),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA RTX 4000 Ada Generation", None),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", 114),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", 147),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 85.8),
+        ("NVIDIA GeForce RTX 4080", 97.5),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.5),
+        ("NVIDIA GeForce RTX 4080 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-32GB", 112),
+        ("Tesla V100S-PCIE-32GB", 130),
+        ("NVIDIA T400", None),
+        ("AMD Instinct MI300X", 1307),
+        ("AMD Radeon RX 7900 XTX", None),
+    ],
+)
+def test_peak_of_a_gpu(name, tflops, monkeypatch):
+    """The MFU needs the peak of this very model. No peak is better than that of another one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and pytest.approx(tflops * 1e12))
 
 
 def test_checkpoint_opens_in_transformers(small_run, web_shards):
