@@ -334,7 +334,7 @@ NUMBERS = {  # every flag of train_gpt2.py whose value is a number, by its type
 }
 MAY_BE_ZERO = (
     "dropout max_steps warmup_steps weight_decay grad_clip sample_interval min_lr_ratio seed sample_seed "
-    "batch_ramp_steps".split()
+    "batch_ramp_steps epochs".split()
 )
 
 
