@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from support.runlog import read_log
 from train_gpt2 import GPT
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--device cuda --n_layer 2 --n_head 2 --n_embd 64 --block_size 128 --seq_len 128 --total_batch_tokens 4096 "
