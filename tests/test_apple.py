@@ -12,7 +12,7 @@ pytestmark = [
 
 
 def test_long_sums_of_the_loss_are_right():
-    """M1 and M2 err in products that sum 32,767 or more terms (PyTorch 193487). The gradient of the loss sums 50,304."""
+    """M1 and M2 err in sums of 32,767 or more terms (PyTorch 193487), and the gradient of the loss sums 50,304."""
     torch.manual_seed(0)
     states, weight = torch.randn(64, 32), 0.02 * torch.randn(50304, 32)
     targets, gradients = torch.randint(0, 50257, (64,)), []
