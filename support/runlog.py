@@ -144,8 +144,9 @@ def summary(log_path, tokens, clock, device):
     if losses and (folder := log_path.parent / "checkpoints" / f"step_{steps[best]:06d}").exists():
         out_dir = quoted(folder)  # the best one, which may be older than the last one
     lines.append(f"to generate text: python sample.py --model {out_dir}")
-    more = f"--resume --max_steps {2 * clock.last_step} --override max_steps"
-    lines.append(f"to train further: the same command with {more}")
+    lines.append(
+        "to train further: the same command with --resume --override max_steps and more --max_steps or --epochs"
+    )
     return "\n".join(lines)
 
 
