@@ -10,6 +10,8 @@ throughputs are of other programs and not measured here.
 Writes scale.md and .json: see measure.py.
 """
 
+import sys
+
 from count_step import count_fsdp_step, count_step, ddp_buckets
 from measure import compact_json, describe, make_parser, markdown, parse_flags, run_main
 
@@ -87,6 +89,7 @@ def count_peaks(preset, checkpointing):
     peaks, B = {}, 1
     while B * PRESETS[preset][1].seq_len <= AUTO_TOKENS["cuda"] and max(peaks.values(), default=0) <= MEMORIES[-1]:
         peaks[B] = count_step(preset, B, micro_steps=2, checkpointing=checkpointing)[0]["peak"] / 1e9
+        print(f"{preset}, B={B}: {peaks[B]:.1f} GB", file=sys.stderr, flush=True)
         B *= 2
     return peaks
 
