@@ -2,7 +2,7 @@
 # Measure everything that needs a GPU, with one command, and collect the results in one folder to send.
 #
 #     benchmarks/gpu.sh                          # about 45 minutes; needs the packages of requirements-dev.txt
-#     benchmarks/gpu.sh --micro_batch 16         # a GPU with 12 to 24 GB; the default, 64, needs 28 GB
+#     benchmarks/gpu.sh --micro_batch 16         # a GPU with 24 GB; the default, 64, needs 80, because build-nanogpt does
 #     benchmarks/gpu.sh --dry_run                # all parts with tiny settings, on any machine: what CI runs
 #
 # --out DIR: the folder of the results (default: benchmarks/out/gpu)
@@ -11,6 +11,7 @@
 # --hellaswag FILE: the rows of HellaSwag (default: they are downloaded)
 # A part that fails does not stop the others. The exit code is 1 if one has failed.
 set -uo pipefail
+start=$PWD
 cd "$(dirname "$0")/.." || exit 2
 
 dry_run="" out=benchmarks/out/gpu peer="" source=HuggingFaceFW/fineweb-edu:sample-10BT hellaswag="" micro_batch=64
@@ -19,8 +20,9 @@ while [ $# -gt 0 ]; do
         --dry_run) dry_run=yes && shift ;;
         --out | --peer | --source | --hellaswag | --micro_batch)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2 && exit 2; }
+            case $1 in --out | --peer | --hellaswag) [[ $2 = /* ]] || set -- "$1" "$start/$2" "${@:3}" ;; esac
             declare "${1#--}=$2" && shift 2 ;;
-        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
+        *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' benchmarks/gpu.sh >&2 && exit 2 ;;
     esac
 done
 mkdir -p "$out" && out=$(cd "$out" && pwd) && rm -f "$out/summary.txt" || exit 2
@@ -73,7 +75,7 @@ if [ -n "$dry_run" ]; then
     shards=(--source stdlib --encoding bytes --max_tokens 400000 --shard_tokens 100000)
     stopped=0 training=(300 --preset demo --max_steps 3 --warmup_steps 1 --val_tokens 1000 --max_new_tokens 3)
 else
-    tests=() shape=(--micro_batch "$micro_batch") ladder=(--micro_batch 16) rows=(--rows 600)
+    tests=() shape=(--micro_batch "$micro_batch") ladder=(--micro_batch $((micro_batch < 16 ? micro_batch : 16))) rows=(--rows 600)
     batch=(--total_batch_tokens 524288 --steps 12)
     shards=(--source "$source" --max_tokens 100000000 --shard_tokens 10000000)
     stopped=75 training=(600)

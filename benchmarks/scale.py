@@ -10,6 +10,8 @@ throughputs are of other programs and not measured here.
 Writes scale.md and .json: see measure.py.
 """
 
+import sys
+
 from count_step import count_fsdp_step, count_step, ddp_buckets
 from measure import compact_json, describe, make_parser, markdown, parse_flags, run_main
 
@@ -71,7 +73,7 @@ def step_rows(preset, peaks, args):
             "layout": "one" if ranks == 1 else "DDP",
             "B x m": f"{B} x {rows // B}",
         }
-        parts, _, _ = count_step(preset, B, rows // B)
+        parts, _, _ = count_step(preset, B, rows // B if ranks == 1 else 2)  # DDP's buckets always exist
         messages = [2 * share * size for size in ddp_buckets(preset)] if ranks > 1 else []
         yield timed_row(head, parts, messages, sum(messages[-1:]), args)
         if ranks > 1:
@@ -87,6 +89,7 @@ def count_peaks(preset, checkpointing):
     peaks, B = {}, 1
     while B * PRESETS[preset][1].seq_len <= AUTO_TOKENS["cuda"] and max(peaks.values(), default=0) <= MEMORIES[-1]:
         peaks[B] = count_step(preset, B, micro_steps=2, checkpointing=checkpointing)[0]["peak"] / 1e9
+        print(f"{preset}, B={B}: {peaks[B]:.1f} GB", file=sys.stderr, flush=True)
         B *= 2
     return peaks
 
@@ -126,7 +129,7 @@ def main():
         "check": "gpt2, B=64, on an H200 (h200.md): 27.06 GB eager with moments and earlier gradients; compiled 25.77",
         "B x m": "micro-batch x micro-steps; the largest micro-batch that fits in --memory less --reserve",
         "activations, loss": "what the trunk keeps for the backward pass, and the most that the loss adds to it",
-        "gradients": "between micro-steps, where FSDP keeps whole ones",
+        "gradients": "between micro-steps, where FSDP keeps whole ones; DDP keeps them in its buckets all the time",
         "sent": "by a rank in a step: (N - 1) / N of a gather or a reduction, twice that for an all-reduce",
         "not hidden": "DDP's last bucket; FSDP's gathers and last reduction of the embedding; what exceeds the compute",
         "recompute": "--activation_checkpointing",

@@ -262,7 +262,7 @@ def fake_group():
 
 
 def parallel_training(data_dir, micro_steps, steps, watch, dtype=torch.float32, compile=False, fsdp=False, **shape):
-    """Run train_step as one of RANKS processes. watch(model, raw_model, loader) is called before. Return the model."""
+    """Run train_step as one of RANKS processes. watch(model, raw_model, loader) is called before the first step."""
     raw_model = GPT(GPTConfig(block_size=16, vocab_size=257, n_head=2, **shape))
     config = TrainConfig(total_batch_tokens=RANKS * micro_steps * 2 * 16, seq_len=16)
     loader = DataLoaderLite(data_dir, "train", 2, 16, 0, RANKS)
