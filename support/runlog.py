@@ -141,7 +141,11 @@ def summary(log_path, tokens, clock, device):
         lines.append(f"validation loss: {losses[-1]:.4f}, at best {losses[best]:.4f} at step {steps[best]}")
     out_dir = quoted(log_path.parent)
     lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
-    if losses and (folder := log_path.parent / "checkpoints" / f"step_{steps[best]:06d}").exists():
+    if (
+        losses
+        and best < len(losses) - 1
+        and (folder := log_path.parent / "checkpoints" / f"step_{steps[best]:06d}").exists()
+    ):
         out_dir = quoted(folder)  # the best one, which may be older than the last one
     lines.append(f"to generate text: python sample.py --model {out_dir}")
     lines.append(

@@ -401,12 +401,12 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [
-    b"<html>", b"", b"[]", b"null", b'"text"', b'{"ctx": "\xff"}', json.dumps(ROW).encode()[:-1],
+    b"<html>", b"[]", b"null", b'"text"', b'{"ctx": "\xff"}', json.dumps(ROW).encode()[:-1],
     *(json.dumps({k: v for k, v in ROW.items() if k != field}).encode() for field in ROW),
     *(json.dumps({**ROW, **change}).encode() for change in (
         {"ctx": ""}, {"ctx": None}, {"endings": ["a"] * 3}, {"endings": ["a"] * 5}, {"endings": "abcd"},
         {"endings": ["a", "b", "c", 4]}, {"endings": ["a", "b", "c", ""]}, {"endings": None},
-        {"label": "3"}, {"label": 4}, {"label": -1}, {"label": 1.0}, {"label": True}, {"label": None},
+        {"label": "4"}, {"label": 4}, {"label": -1}, {"label": 1.0}, {"label": True}, {"label": None},
     )),
 ])  # fmt: skip
 def test_malformed_row_is_named_by_line(tmp_path, bad):
