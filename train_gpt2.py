@@ -591,6 +591,12 @@ def batch_tokens(step, config):
     return config.batch_ramp_from * (1 + (sizes - 1) * step // config.batch_ramp_steps)
 
 
+def tokens_before(step, config):
+    """Return the tokens of all updates before a step."""
+    ramp = min(step, config.batch_ramp_steps)
+    return sum(batch_tokens(i, config) for i in range(ramp)) + (step - ramp) * config.total_batch_tokens
+
+
 def rows_per_step(step, config, world_size):
     """Return how many sequences each process computes for an update. The first update has the fewest."""
     return batch_tokens(step, config) // (config.seq_len * world_size)
@@ -899,7 +905,7 @@ def train(model_config, config, runtime):
         finally:
             training.log.finish()
     if runtime.rank == 0:
-        tokens = sum(batch_tokens(step, config) for step in range(start.step, config.max_steps))
+        tokens = tokens_before(config.max_steps, config) - tokens_before(start.step, config)
         print(runlog.summary(training.log.path, tokens, training.clock, runtime.device))
 
 
@@ -1001,7 +1007,7 @@ def print_run(training, config, runtime, resumed_step):
     loader, m, world_size, print0 = training.loader, training.raw_model.config, runtime.world_size, runtime.print0
     micro_steps = rows_per_step(config.batch_ramp_steps, config, world_size) // loader.B
     tokens, val_tokens = loader.num_rows * loader.T, training.val_loader.num_rows * loader.T
-    epochs = sum(batch_tokens(step, config) for step in range(config.max_steps)) / tokens
+    epochs = tokens_before(config.max_steps, config) / tokens
     mode = ("sharded, " if runtime.fsdp else "") + ("compiled (slow first step)" if runtime.compile else "eager")
     n_params = training.raw_model.num_params()
     print0(f"model: {n_params:,} parameters, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
@@ -1101,7 +1107,7 @@ def resolve_lengths(model_config, config, runtime):
         return config
     tokens = sum(len(fineweb.open_shard(path)) for path in fineweb.find_shards(config.data_dir, "train"))
     per_epoch = tokens / config.total_batch_tokens
-    steps = max(1, round(config.epochs * per_epoch))
+    steps = max(1, round(min(config.epochs * per_epoch, 2**62)))
     warmup_steps = min(config.warmup_steps, steps // 2)
     return replace(config, max_steps=steps, warmup_steps=warmup_steps, eval_interval=max(1, round(per_epoch / 10)))
 

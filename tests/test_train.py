@@ -36,6 +36,7 @@ from train_gpt2 import (
     parse_command_line,
     pick_micro_batch,
     pick_val_tokens,
+    tokens_before,
     train_step,
     validation_loss,
 )
@@ -855,6 +856,8 @@ def test_batch_ramp(text_shards, tmp_path):
         1024,
     ]
     assert {batch_tokens(step, replace(config, batch_ramp_steps=0)) for step in range(12)} == {1024}
+    for n in (0, 4, 10, 12):
+        assert tokens_before(n, config) == sum(batch_tokens(step, config) for step in range(n))
     flags = [*SMALL, "--data_dir", text_shards, "--total_batch_tokens", 1024, "--batch_ramp_from", 128]
     flags = [*map(str, flags), "--batch_ramp_steps", "10", "--max_steps", "14", "--save_interval", "5"]
     train_gpt2.main([*flags, "--micro_batch", "2", "--out_dir", str(tmp_path / "whole")])
