@@ -45,7 +45,7 @@ def pick_next_id(logits, temperature, top_k, top_p, generator):
 def can_pack(device, dtype):
     """Return whether oneDNN is here and can put weights of this dtype into its own order, which is faster."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_acl_supported():
-        return False  # ACL is the library for ARM processors
+        return False  # ACL is for ARM processors, where this was not measured
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -74,13 +74,13 @@ def quantize(weight, dtype):
 
     The largest weight of an output becomes about 127 or -127. The error of a weight is at most half of the scale.
     """
-    scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype)  # never 0, or zeros would give 0 / 0
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(dtype).tiny).to(dtype)  # 0 would give 0 / 0
     steps = weight / scale[:, None].float()  # by the rounded scale, so that its rounding causes no further error
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights. Its inputs and outputs have the dtype, which is a float type of 16 bits."""
+    """A linear layer with int8 weights. It converts its inputs to a float dtype, which its outputs have."""
 
     def __init__(self, weight, bias, dtype):
         super().__init__()
@@ -107,11 +107,12 @@ def prepare(gpt, dtype, rows=1):
     The embeddings, the normalizations and the sums between the layers keep their dtype.
     """
     table = gpt.lm_head.weight.detach()
-    half = torch.bfloat16 if table.device.type == "cpu" else pick_dtype("auto", table.device.type)
+    old_gpu = pick_dtype("auto", table.device.type) == torch.float16
+    activations = torch.float32 if old_gpu else torch.bfloat16  # of int8: sums of int8 weights overflow float16
 
     def fast(weight, bias=None):
         if dtype == "int8":
-            return Int8Linear(weight.detach(), bias, half)
+            return Int8Linear(weight.detach(), bias, activations)
         return CastLinear(weight.detach(), bias, getattr(torch, dtype), rows)
 
     for block in gpt.transformer.h:
