@@ -7,9 +7,9 @@ Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt's
 
 All continue one prompt of 8 tokens by 512, sampled from the 50 most likely. They alternate in one process, with the
 same random weights. build-nanogpt's model is its own, and its loop is that of its train_gpt2.py, for one sequence. Ours
-runs in float32, as in sample.py; and for a quarter of the tokens compiled, in bfloat16, and with int8 weights
-(torchao). The effect of the weights' dtype on the validation loss is measured with --trained, a model folder or output
-folder, on the shards in --data. Writes inference_DEVICE.md, .json and .png: see measure.py.
+runs with the weights of each --dtype of sample.py. The effect of the dtype on the validation loss is measured with
+--trained, a model folder or output folder, on the shards in --data. Writes inference_DEVICE.md, .json and .png: see
+measure.py.
 """
 
 import copy
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 import transformers
 from measure import describe, make_parser, parse_flags, require_checkouts, revision, run_main, write_report
 
-import sample
 from support.checkpoints import newest_checkpoint
 from support.common import pick_device
+from support.generation import CastLinear, Int8Linear, prepare
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
@@ -71,28 +71,17 @@ def hugging_face(gpt):
 
 
 def variants(gpt):
-    """Return {name: a copy of the model with weights of another dtype}, and the model itself as float32."""
-    int8 = copy.deepcopy(gpt)
-    sample.quantize(int8)
-    return {"float32": gpt, "bfloat16": copy.deepcopy(gpt).bfloat16(), "int8": int8}
-
-
-def compiled(gpt):
-    """Return the model with a compiled trunk and head: once for a prompt, and once for all other tokens."""
-    gpt = copy.copy(gpt)  # shares the weights
-    gpt.trunk, gpt.head = torch.compile(gpt.trunk, dynamic=True), torch.compile(gpt.head, dynamic=True)
-    return gpt
+    """Return {dtype: a copy of the model with its weights of that dtype, as sample.py generates with it}."""
+    models = {dtype: copy.deepcopy(gpt) for dtype in ("float32", "bfloat16", "int8")}
+    for dtype, model in models.items():
+        prepare(model, dtype)
+    return models
 
 
 def megabytes(modules):
     """Return the size of the weights of modules, of any dtype, with tied weights counted once."""
-
-    def size(tensor):
-        inner = getattr(tensor, "__tensor_flatten__", None)
-        return sum(getattr(tensor, name).nbytes for name in inner()[0]) if inner else tensor.nbytes
-
-    weights = {id(weight): weight.data for module in modules for weight in module.parameters()}
-    return sum(map(size, weights.values())) / 1e6
+    weights = {id(w): w for module in modules for w in (*module.parameters(), *module.buffers())}
+    return sum(w.numel() * w.element_size() for w in weights.values()) / 1e6
 
 
 @torch.no_grad()
@@ -117,7 +106,7 @@ def read_rate(device, gigabytes=0.5):
 
 def least_seconds(model, rate):
     """Return the least seconds of a token: reading all matrices at this rate. Of an embedding, only one row is read."""
-    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D, CastLinear, Int8Linear)
     return megabytes(module for module in model.modules() if isinstance(module, kinds)) * 1e6 / rate
 
 
@@ -164,20 +153,20 @@ def make_programs(args, gpt):
         "build-nanogpt's loop, bfloat16 autocast": (peer, lambda tokens, rng: peer_loop(peer, ids, tokens, rng)),
         "transformers' generate, float32": (theirs, generate),
     }
-    for name, model in variants(gpt).items():
-        for kind, runner in ((name, model), (f"{name}, compiled", compiled(model))):
-            programs[f"sample.py, {kind}"] = (model, lambda n, rng, m=runner: m.generate(ids, n, 1.0, TOP_K, rng))
+    for dtype, model in variants(gpt).items():
+        programs[f"sample.py, {dtype}"] = (model, lambda n, rng, m=model: m.generate(ids, n, 1.0, TOP_K, rng))
     return programs
 
 
 def time_programs(programs, args):
     """Return {name: milliseconds of a token in each repetition}. The programs alternate."""
     milliseconds = {name: [] for name in programs}
-    for repetition in range(args.repetitions + 1):  # the first compiles and is not timed, so it has few tokens
-        for i, (name, (_, work)) in enumerate(programs.items()):
-            tokens = (args.max_new_tokens if i < 3 else args.max_new_tokens // 4) if repetition else 4
+    for repetition in range(args.repetitions + 1):  # the first is not timed, so it has few tokens
+        for name, (_, work) in programs.items():
+            tokens, generator = args.max_new_tokens if repetition else 4, torch.Generator(args.device)
             start = time.perf_counter()
-            made = work(tokens, torch.Generator(args.device).manual_seed(repetition)).tolist()  # waits for the device
+            with torch.inference_mode():  # as sample.py does
+                made = work(tokens, generator.manual_seed(repetition)).tolist()  # waits for the device
             assert len(made[0]) == PROMPT + tokens
             if repetition:
                 milliseconds[name].append((time.perf_counter() - start) / tokens * 1000)
@@ -189,29 +178,30 @@ def measure_losses(args):
     """Return {dtype: validation loss} of the trained model, and the number of sequences."""
     trained = GPT.from_pretrained(newest_checkpoint(args.trained)).to(args.device).eval()
     loader = DataLoaderLite(args.data, "val", 1, trained.config.block_size, shuffle=False, device=args.device)
-    losses = {name: validation_loss(model, loader, args.rows) for name, model in variants(trained).items()}
+    models = {"exact": trained} | variants(trained)
+    losses = {name: validation_loss(model, loader, args.rows) for name, model in models.items()}
     return losses, min(args.rows, loader.num_rows)
 
 
 def summarize(programs, milliseconds, losses, rate):
-    """Return a row for each program. Only the first three generate equally many tokens, so only they have speedups."""
+    """Return a row for each program. Each repetition gives a speedup; the median is reported."""
     rows, peers = [], list(milliseconds)[:2]
     for name, (model, _) in programs.items():
         row = {"program": name, "milliseconds": statistics.median(milliseconds[name]), "megabytes": megabytes([model])}
         row["tokens_per_second"] = 1000 / row["milliseconds"]
-        for key, peer in zip(("to_peer", "to_transformers"), peers if len(rows) < 3 else ()):
+        for key, peer in zip(("to_peer", "to_transformers"), peers):
             row[key] = statistics.median(a / b for a, b in zip(milliseconds[peer], milliseconds[name], strict=True))
         row["of_limit"] = least_seconds(model, rate) / (row["milliseconds"] / 1000)
-        dtype = next((dtype for dtype in losses if name.startswith(f"sample.py, {dtype}")), None)
+        dtype = next((dtype for dtype in losses if name == f"sample.py, {dtype}"), None)
         if dtype:
-            row |= {"loss": losses[dtype], "loss_change": losses[dtype] - losses["float32"]}
+            row |= {"loss": losses[dtype], "loss_change": losses[dtype] - losses["exact"]}
         rows.append(row | {"runs_ms": milliseconds[name]})
     return rows
 
 
 def main():
     args = parse_command_line()
-    about = describe(("torch", "transformers", "torchao"))
+    about = describe(("torch", "transformers"))
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
     programs = make_programs(args, gpt)
@@ -222,8 +212,7 @@ def main():
     about |= {
         "peer": f"{args.peer.name} at {revision(args.peer)}",
         "model": f"GPT-2 124M with {args.n_layer} layers, random weights",
-        "runs": f"{args.repetitions} of {args.max_new_tokens} tokens after {PROMPT}, alternating; medians. "
-                "The programs below sample.py's float32 generate a quarter of the tokens",
+        "runs": f"{args.repetitions} of {args.max_new_tokens} tokens after {PROMPT}, alternating; medians",
         "limit": f"all matrices are read for each token, at {rate / 1e9:.1f} GB/s, the fastest sum over half a GB",
         "validation loss": f"of {args.trained} over {sequences} sequences of {args.data}",
     }  # fmt: skip

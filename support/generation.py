@@ -1,7 +1,16 @@
-"""Parts of text generation: the cache of what was read, and the choice of the next token."""
+"""Parts of text generation: the cache of what was read, the choice of the next token, and weights that multiply fast.
+
+A new token of one sequence multiplies every weight matrix by a single vector, so its time is the time to read the
+weights. `prepare` therefore stores them in fewer bytes and in the order in which the processor reads them.
+"""
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+
+from support.common import pick_dtype
+
+INT8_ROWS = 16  # up to this many vectors, the int8 kernel is the fastest; above, a product with dequantized weights is
 
 
 class KVCache:
@@ -31,3 +40,87 @@ def pick_next_id(logits, temperature, top_k, top_p, generator):
         before = probabilities.cumsum(-1) - probabilities  # total probability of the likelier ids
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))
+
+
+def can_pack(device, dtype):
+    """Return whether oneDNN is here and can put weights of this dtype into its own order, which is faster."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_acl_supported():
+        return False  # ACL is for ARM processors, where this was not measured
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class CastLinear(nn.Module):
+    """A linear layer with weights of a float dtype, which its inputs are converted to. On a CPU, oneDNN packs them.
+
+    rows: the number of vectors that are usually multiplied at once. oneDNN chooses the order of the weights for it.
+    """
+
+    def __init__(self, weight, bias, dtype, rows):
+        super().__init__()
+        self.dtype, self.packed = dtype, can_pack(weight.device, dtype)
+        weight = weight.to(dtype)
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    def forward(self, x):
+        x = x.to(self.dtype)
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def quantize(weight, dtype):
+    """Return weight (out, in) as int8 (out, in) and a scale of dtype for each output (out): it is about int8 * scale.
+
+    The largest weight of an output becomes about 127 or -127. The error of a weight is at most half of the scale.
+    """
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(dtype).tiny).to(dtype)  # 0 would give 0 / 0
+    steps = weight / scale[:, None].float()  # by the rounded scale, so that its rounding causes no further error
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights. It converts its inputs to a float dtype, which its outputs have."""
+
+    def __init__(self, weight, bias, dtype):
+        super().__init__()
+        weight, scale = quantize(weight, dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self.has_kernel = weight.device.type == "cpu" and weight.size(1) % 32 == 0  # other sizes give wrong products
+
+    def forward(self, x):
+        rows = x.flatten(0, -2).to(self.scale.dtype)
+        if self.has_kernel and rows.size(0) <= INT8_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:  # many rows: converting the weights takes less time than the product
+            y = F.linear(rows, self.weight.to(rows.dtype)) * self.scale
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def prepare(gpt, dtype, rows=1):
+    """Replace the linear layers of a GPT by faster ones with weights of a dtype, which cannot be trained.
+
+    dtype: the name of a float type, or int8. rows: the number of sequences that are usually generated together.
+    The embeddings, the normalizations and the sums between the layers keep their dtype.
+    """
+    table = gpt.lm_head.weight.detach()
+    old_gpu = pick_dtype("auto", table.device.type) == torch.float16
+    activations = torch.float32 if old_gpu else torch.bfloat16  # of int8: sums of int8 weights overflow float16
+
+    def fast(weight, bias=None):
+        if dtype == "int8":
+            return Int8Linear(weight.detach(), bias, activations)
+        return CastLinear(weight.detach(), bias, getattr(torch, dtype), rows)
+
+    for block in gpt.transformer.h:
+        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
+            linear = getattr(part, name)
+            setattr(part, name, fast(linear.weight, linear.bias.detach()))
+    if dtype != "float32":
+        # The logits of GPT-2 are near -100, where the numbers of bfloat16 are 0.5 apart. Without the mean row they are
+        # near 0, where they are closer. This adds the same number to all logits of a token: the softmax stays the same.
+        table = table - table[: gpt.config.vocab_size].mean(dim=0)
+    gpt.lm_head = fast(table)

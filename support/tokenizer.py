@@ -68,6 +68,26 @@ def load_tokenizer(name: str, vocab_size: int, flag: str = "--model") -> tuple[C
     return encode, decode
 
 
+class GrowingText:
+    """The text of ids that come one after another. Each call of `add` decodes only the last ids, not all of them."""
+
+    def __init__(self, decode: Callable):
+        self.decode, self.ids, self.start, self.end = decode, [], 0, 0
+
+    def add(self, ids: list[int], last: bool = False) -> str:
+        """Return the text that ids add. A character comes when all its bytes are here, or with the last ids.
+
+        The ids before are decoded with them, because some tokenizers write a word differently at the start of a text.
+        """
+        self.ids = self.ids[self.start :] + ids  # the text of self.ids[: self.end] was returned before
+        self.start, self.end = 0, self.end - self.start
+        before, text = self.decode(self.ids[: self.end]), self.decode(self.ids)
+        if not last and (len(text) <= len(before) or text.endswith("\ufffd")):
+            return ""
+        self.start, self.end = self.end, len(self.ids)
+        return text[len(before) :]
+
+
 def read_prompt(prompt: str, path: str | None) -> str:
     """Return the prompt, or the text of a file if path is given (- is standard input). Raises UserError."""
     source = "--prompt" if path is None else f"--prompt_file {path}"

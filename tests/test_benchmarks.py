@@ -205,7 +205,6 @@ def test_hellaswag_agreement(main, tmp_path, hellaswag_file):
 @pytest.mark.slow
 def test_inference(main, tmp_path, text_shards):
     """With one layer of each program and a few tokens: the table follows from what was timed and counted."""
-    pytest.importorskip("torchao")
     shape = train_gpt2.GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
     save_model(tmp_path / "log", train_gpt2.GPT(shape))
     flags = ["--peer", make_peer(tmp_path / "peer", train_gpt2=PEER_MODEL), "--trained", tmp_path / "log"]
@@ -214,14 +213,14 @@ def test_inference(main, tmp_path, text_shards):
     result = read_report(tmp_path, "tiny", stdout)
     assert code == 0 and (tmp_path / "tiny.png").stat().st_size > 10_000
     peer, theirs, ours, *others = result["rows"]
-    assert peer["to_peer"] == theirs["to_transformers"] == 1 and len(others) == 5
+    assert peer["to_peer"] == theirs["to_transformers"] == 1 and len(others) == 2
     assert ours["to_peer"] == pytest.approx(peer["milliseconds"] / ours["milliseconds"])
     block, head = 12 * 768**2 + 9 * 768, 50304 * 768
-    assert ours["megabytes"] == pytest.approx(4e-6 * (block + head + 1024 * 768), rel=0.001)
+    assert ours["megabytes"] == pytest.approx(4e-6 * (block + 2 * head + 1024 * 768), rel=0.001)  # also for look-up
     rate = float(result["limit"].split(" at ")[1].split()[0]) * 1e9
     read = ours["of_limit"] * ours["milliseconds"] / 1e3 * rate
     assert read == pytest.approx(4 * (block + head), rel=0.01)
-    assert all(abs(row["loss_change"]) < 0.05 for row in others) and ours["loss_change"] == 0
+    assert all(abs(row["loss_change"]) < 0.05 for row in others) and abs(ours["loss_change"]) < 1e-4
 
 
 def run_training_benchmark(run_script, tmp_path, program, *flags):

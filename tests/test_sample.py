@@ -73,6 +73,8 @@ def test_a_folder_without_tokenizer_means_gpt2(shared_data, main, tmp_path):
         (["--prompt", "a\udcff"], "--prompt is not UTF-8 text"),  # how Python represents a byte that is not text
         (["--top_k", "0"], "--top_k"),
         (["--top_p", "0"], "--top_p"),
+        (["--dtype", "int4"], "--dtype int4 is unknown: give one of auto, float32, bfloat16, int8"),
+        (["--int8", "--dtype", "float32"], "--int8 means --dtype int8"),
     ],
 )
 def test_mistakes_are_one_line(run_folder, main, flags, reason):
@@ -167,32 +169,6 @@ def test_a_reader_who_has_had_enough(run_folder):
     command = f"'{sys.executable}' '{ROOT / 'sample.py'}' --model '{run_folder}' {flags} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("--- sample 0\n", "")
-
-
-def test_int8_weights(run_folder, main):
-    """--int8 stores the matrices in a quarter of the memory, and the logits differ by at most 2%."""
-    pytest.importorskip("torchao")
-    flags = ["--model", run_folder, "--max_new_tokens", 20, "--device", "cpu"]
-    (_, text, _), (code, text8, stderr) = (main(sample, [*flags, *int8]) for int8 in ([], ["--int8"]))
-    assert (code, stderr) == (0, "") and text8 != text
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=64))
-    ids = torch.randint(0, 257, (2, 32))
-    before, embedding = model(ids)[0].detach(), model.transformer.wte.weight
-    sample.quantize(model)
-    for linear in (model.transformer.h[1].mlp.c_fc, model.lm_head):
-        assert {getattr(linear.weight, name).dtype for name in linear.weight.__tensor_flatten__()[0]} >= {torch.int8}
-    after = model(ids)[0].detach()
-    assert model.transformer.wte.weight is embedding and embedding.dtype == torch.float32
-    assert 0 < (after - before).norm() < 0.02 * before.norm()
-    assert model.generate(ids[:, :3], 5).shape == (2, 8)
-
-
-def test_int8_without_torchao(monkeypatch):
-    """The error names the package that is missing."""
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if not installed
-    with pytest.raises(UserError, match="pip install -U torchao"):
-        sample.quantize(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)))
 
 
 def test_end_of_text_is_one_id_in_every_prompt(shared_data, run_folder, main, tmp_path, monkeypatch):

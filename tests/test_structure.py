@@ -15,7 +15,7 @@ from support.common import UserError, flag, locked, range_errors
 from support.distributed import StopSignal
 
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
-HEAVY = {"datasets", "transformers", "matplotlib.pyplot", "wandb", "torchao"}
+HEAVY = {"datasets", "transformers", "matplotlib.pyplot", "wandb"}
 FORBIDDEN = {  # what importing a module must not load
     "train_gpt2": HEAVY,
     "fineweb": HEAVY | {"torch", "pyarrow", "huggingface_hub", "tyro"},
