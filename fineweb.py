@@ -551,20 +551,29 @@ def prepare(
     return manifest
 
 
-def prepare_small(source: str, out_dir: Path, encoding: str) -> dict:
+def prepare_small(source: str, out_dir: Path, encoding: str, keep: bool) -> dict:
     """Tokenize a corpus with a tenth of it for validation, at most SHARD_TOKENS, and return the manifest.
 
-    Another call with the same source only checks it. Raises UserError, also if out_dir has shards of another source.
+    Another call with the same corpus uses the shards again. keep: finished shards of this source stay as they are, even
+    if it has changed since; otherwise shards of another corpus are replaced. Raises UserError.
     """
+    out_dir = Path(out_dir)
     before = read_manifest(out_dir)
-    if before["source"] == source and before["finished"]:
+    if keep and list_shards(out_dir) and (before["source"], before["finished"]) == (source, True):
+        return before
+    tally = Tally(TEXT)
+    tasks, revision = open_source(source, None, tally)
+    if (before["source"], before["revision"], before["encoding"]) != (source, revision, encoding):
+        for path in (*list_shards(out_dir), *list_manifests(out_dir)):
+            path.unlink()
+    elif before["finished"]:
         return prepare(source, out_dir, encoding, before["shard_tokens"], workers=1)
     tokens = 0
-    for array in encode_all(open_source(source, None, Tally(TEXT))[0], encoding, workers=1):
+    for array in encode_all(tasks, encoding, workers=1):
         tokens += len(array)
         if tokens >= 10 * SHARD_TOKENS:
             break
-    return prepare(source, out_dir, encoding, max(1, min(SHARD_TOKENS, tokens // 10)))
+    return prepare(source, out_dir, encoding, max(1, min(SHARD_TOKENS, tokens // 10)), workers=1)
 
 
 def count_cores() -> int:

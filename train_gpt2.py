@@ -260,7 +260,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.training_trunk, self.chunk_loss = self.trunk, chunk_loss
+        self.compiles_trunk = self.compiles_loss = False
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -288,9 +288,7 @@ class GPT(nn.Module):
 
     def compile_training(self, trunk):
         """Compile what forward(idx, targets) runs, for batches of one shape: the loss and, if asked, the trunk."""
-        if trunk:
-            self.training_trunk = torch.compile(self.trunk, dynamic=False, fullgraph=True)
-        self.chunk_loss = torch.compile(chunk_loss, dynamic=False, fullgraph=True)
+        self.compiles_trunk, self.compiles_loss = trunk, True
 
     def num_params(self):
         """Count the parameters: tied weights once, the padding of the vocabulary not at all. 124,439,808 for GPT-2."""
@@ -327,8 +325,10 @@ class GPT(nn.Module):
         """
         if targets is None:
             return self.head(self.trunk(idx)), None
-        states, weight = self.training_trunk(idx).flatten(0, 1), self.lm_head.weight
-        return None, cross_entropy(states, weight, targets.flatten(), self.config.vocab_size, self.chunk_loss)
+        states = common.compiled(GPT.trunk)(self, idx) if self.compiles_trunk else self.trunk(idx)
+        states, weight = states.flatten(0, 1), self.lm_head.weight
+        loss_of_chunk = common.compiled(chunk_loss) if self.compiles_loss else chunk_loss
+        return None, cross_entropy(states, weight, targets.flatten(), self.config.vocab_size, loss_of_chunk)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, top_p=1.0):
         """Continue each row of idx (B, T) by sampled ids: return (B, T + max_new_tokens).
@@ -634,7 +634,7 @@ def train_step(model, optimizers, scaler, loader, step, config, runtime):
         runtime.stop.raise_if_received()
         x, y = loader.next_batch()
         # gradients add up locally; only the last backward pass averages them over the processes
-        with distributed.gradient_sync(model, on=micro_step == grad_accum_steps - 1):
+        with distributed.gradient_sync(model, on=micro_step == grad_accum_steps - 1), distributed.must_fit():
             with runtime.autocast():
                 _, loss = model(x, y)
             # backward() adds gradients up; dividing each loss makes their sum the mean over the batch
@@ -899,6 +899,7 @@ def train(model_config, config, runtime):
     del state, weights
     output = config.out_dir, config.keep_checkpoints, asdict(training.raw_model.config), training.encoding
     with runtime.stop, checkpoints.CheckpointWriter(*output, resumed_step) as writer:
+        writer.best_step = training.log.best_step() if config.save_best else None
         try:
             run_steps(start, training, config, runtime, writer)
             writer.finish()
@@ -919,7 +920,8 @@ def run_steps(start, training, config, runtime, writer):
                 with runtime.stop.covers_compiler():
                     evaluate(step, training, config, runtime)
             evaluated = step > 0 and step % config.eval_interval == 0
-            best = config.save_best and evaluated and any_rank(runtime.rank == 0 and training.log.is_best(step))
+            best = config.save_best and evaluated and from_rank0(training.log.best_step(), runtime.device) == step
+            writer.best_step = step if best else writer.best_step
             retry = evaluated and any_rank(writer.failed())
             if last_step or best or retry or (step > 0 and step % config.save_interval == 0):
                 save(step, skipped, training, config, runtime, writer)
@@ -947,18 +949,16 @@ def run_steps(start, training, config, runtime, writer):
 
 def train_step_that_fits(step, training, config, runtime):
     """Do train_step. A process that is alone repeats it if memory does not suffice for --micro_batch auto."""
-    loader, weight = training.loader, training.raw_model.lm_head.weight
+    loader = training.loader
     while True:
-        position, version = loader.position, weight._version
+        position = loader.position
         try:
             return train_step(training.model, training.optimizers, training.scaler, loader, step, config, runtime)
-        except torch.OutOfMemoryError:
-            updated = weight._version != version  # no update may happen twice
-            if config.micro_batch != "auto" or runtime.world_size > 1 or loader.B == 1 or updated:
+        except distributed.MicroBatchTooLarge:
+            if config.micro_batch != "auto" or runtime.world_size > 1 or loader.B == 1:
                 raise
         # outside of `except`, which keeps the tensors of the failed step alive
-        rows = rows_per_step(0, config, 1)
-        loader.B = training.val_loader.B = max(b for b in range(1, loader.B) if rows % b == 0)
+        loader.B = training.val_loader.B = max(b for b in range(1, loader.B) if rows_per_step(0, config, 1) % b == 0)
         loader.position = position
         training.raw_model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
@@ -991,7 +991,7 @@ def save(step, skipped, training, config, runtime, writer):
 def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
     """Print and log one update, or that it was skipped."""
     lr, tokens = get_lr(step, config), batch_tokens(step, config)
-    tok_s, left = tokens / seconds, training.clock.time_left(step)
+    tok_s, left = tokens / seconds, training.clock.time_left(step) if runtime.rank == 0 else ""
     if runtime.rank == 0:
         rare = ({"skipped": skipped} if skipped else {}) | ({"tokens": tokens} if config.batch_ramp_steps else {})
         training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **rare)
@@ -1031,7 +1031,7 @@ def config_errors(m, c):
     errors = common.range_errors(m) + common.range_errors(c)
     named = {line.split()[0] for line in errors}  # a flag that is out of its range has its line already
     errors += [line for line in relation_errors(m, c) if not named & {*line.split()}]
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    world_size, restarted = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     # a folder that only has the tracker's name, as wandb creates one, has no origin
     installed = c.tracker == "none" or getattr(importlib.util.find_spec(c.tracker), "origin", None)
     checks = [
@@ -1043,12 +1043,12 @@ def config_errors(m, c):
         (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
         (c.resume and c.overwrite, "--resume and --overwrite exclude each other: give one of them"),
         (restarted and c.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),
-        (
-            c.dry_run and (demo_lacks_shards(c) or c.source),
-            "--dry_run writes nothing, not even shards: make them first",
-        ),
+        (c.dry_run and (demo_lacks_shards(c) or c.source), "--dry_run writes nothing, and this run has to make shards"),
+        (c.source and world_size > 1, "--source needs one process: make the shards with fineweb.py, then --data_dir"),
+        (c.source and Path(c.out_dir).resolve().is_relative_to(Path(c.source).resolve()),
+         f"--out_dir is inside --source {c.source}, so the run would become a part of it: give another --out_dir"),
         (c.sample_interval and not c.prompt, "--prompt is empty: --sample_interval 0 turns samples off"),
-    ]
+    ]  # fmt: skip
     errors += [message for is_wrong, message in checks if is_wrong]
     for name in sorted({*c.override} - {*OVERRIDABLE}):
         errors.append(f"--override {name}: a resumed run can change only {', '.join(sorted(OVERRIDABLE))}")
@@ -1061,6 +1061,7 @@ def relation_errors(m, c):
     unit = max(1, c.seq_len) * world_size  # the batch of an update must consist of whole sequences on each process
     rows, remainder = divmod(c.total_batch_tokens, unit)
     micro_batch = 1 if c.micro_batch == "auto" else max(1, c.micro_batch)
+    ramp_from = max(1, c.batch_ramp_from)
     divisor = max((b for b in range(1, min(micro_batch, rows) + 1) if rows % b == 0), default=1)
     checks = [
         (not c.init_from and m.n_embd % max(1, m.n_head),
@@ -1071,10 +1072,12 @@ def relation_errors(m, c):
                                 f"{c.seq_len} x {world_size} processes: {max(1, rows) * unit} is"),
         (rows and not remainder and rows % micro_batch, f"--micro_batch {micro_batch} does not divide a process's "
                                                         f"{rows} sequences of a batch: {divisor} does"),
-        (c.batch_ramp_steps > 0 < c.total_batch_tokens % c.batch_ramp_from + c.batch_ramp_from % (unit * micro_batch),
+        (c.batch_ramp_steps > 0 and (c.total_batch_tokens % ramp_from or ramp_from % (unit * micro_batch)),
          f"--batch_ramp_from {c.batch_ramp_from} must divide --total_batch_tokens {c.total_batch_tokens} and be a "
          f"multiple of {unit * micro_batch}, the tokens of a micro-batch on all processes"),
-        (c.warmup_steps > c.max_steps > 0, f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
+        (c.epochs and c.batch_ramp_steps, "--epochs and --batch_ramp_steps exclude each other: give --max_steps"),
+        (not c.epochs and c.warmup_steps > c.max_steps > 0,
+         f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}"),
         (c.val_tokens != "auto" and c.val_tokens < c.seq_len,
          f"--val_tokens {c.val_tokens} is less than one sequence of --seq_len {c.seq_len}"),
     ]  # fmt: skip
@@ -1108,8 +1111,8 @@ def resolve_lengths(model_config, config, runtime):
     tokens = sum(len(fineweb.open_shard(path)) for path in fineweb.find_shards(config.data_dir, "train"))
     per_epoch = tokens / config.total_batch_tokens
     steps = max(1, round(min(config.epochs * per_epoch, 2**62)))
-    warmup_steps = min(config.warmup_steps, steps // 2)
-    return replace(config, max_steps=steps, warmup_steps=warmup_steps, eval_interval=max(1, round(per_epoch / 10)))
+    ten_times = max(1, round(per_epoch / 10)) if config.eval_interval == TrainConfig.eval_interval else None
+    return replace(config, max_steps=steps, eval_interval=ten_times or config.eval_interval)
 
 
 def demo_lacks_shards(config):
@@ -1138,8 +1141,13 @@ def parse_command_line(arguments):
     )
     override = tuple(name.replace("-", "_") for name in config.override)
     config = replace(config, override=override, prompt=tokenizer.plain_prompt(config.prompt))
+    given = common.given_flags(arguments)
     if config.init_from:  # None: the model's own size, with which a flag that is given must agree
-        model_config = replace(model_config, **dict.fromkeys({*SHAPE_FLAGS} - common.given_flags(arguments)))
+        model_config = replace(model_config, **dict.fromkeys({*SHAPE_FLAGS} - given))
+    if "max_steps" in given and 0 < config.epochs < math.inf:  # it comes before the epochs of the preset
+        if "epochs" in given:
+            raise UserError("--epochs and --max_steps exclude each other: give one of them")
+        config = replace(config, epochs=0.0)
     if config.source:
         if config.data_dir != training_defaults.data_dir:
             raise UserError("--source makes its shards in the output folder: leave --data_dir out, or --source")
@@ -1164,7 +1172,7 @@ def run(arguments):
         if runtime.rank == 0 and demo_lacks_shards(config):
             fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
         if runtime.rank == 0 and config.source:
-            fineweb.prepare_small(config.source, config.data_dir, config.encoding)
+            fineweb.prepare_small(config.source, config.data_dir, config.encoding, keep=config.resume)
         distributed.barrier()  # the others wait for the shards
         train(model_config, resolve_lengths(model_config, config, runtime), runtime)
 

@@ -126,7 +126,7 @@ def our_command(folder, args, data, more_flags):
         "seq_len": args.seq_len, "total_batch_tokens": args.total_batch_tokens, "max_steps": args.steps,
         "warmup_steps": args.warmup_steps, "optimizer": "adamw", "lr": 6e-4, "min_lr_ratio": 0.1,
         "eval_interval": 250, "val_tokens": args.micro_batch * args.seq_len, "save_interval": 5000,
-        "sample_interval": 0, "hellaswag_file": "none",
+        "sample_interval": 0, "hellaswag_file": "none", "log_interval": 1,
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in flags.items()]
     return [ROOT / "train_gpt2.py", *flags, "--no_shuffle", "--overwrite", *shlex.split(more_flags)]

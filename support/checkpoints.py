@@ -183,7 +183,7 @@ class CheckpointWriter:
 
     def __init__(self, out_dir, keep, shape, encoding, newest_step):
         self.out_dir, self.keep, self.shape, self.encoding = out_dir, keep, shape, encoding
-        self.newest_step = newest_step
+        self.newest_step, self.best_step = newest_step, None  # the checkpoint of best_step also stays
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.saving = None  # the future of the last save
 
@@ -229,6 +229,8 @@ class CheckpointWriter:
             )
             raise
         for folder in list_checkpoints(self.out_dir)[: -self.keep]:
+            if folder.name == f"step_{self.best_step or 0:06d}":
+                continue
             with suppress(OSError):  # a folder that another program has open is deleted next time
                 delete_checkpoint(folder)
 

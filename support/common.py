@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,7 +28,10 @@ def one_line(error: BaseException) -> str:
 
 def quoted(path: str | Path) -> str:
     """Return a path for a printed command: relative to the working directory if it is below it, quoted if necessary."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:  # another drive of Windows
+        relative = ".."
     return shlex.quote(os.path.abspath(path) if relative.startswith("..") else relative)
 
 
@@ -55,13 +60,13 @@ class TolerantStream:
     """
 
     def __init__(self, stream):
-        self.stream, self.unwritten = stream, ""
+        self.stream, self.own = stream, threading.local()  # each thread has its own unwritten text
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.unwritten += text
+        self.own.unwritten = getattr(self.own, "unwritten", "") + text
         if text.endswith("\n"):
             self._write()
         return len(text)
@@ -72,7 +77,7 @@ class TolerantStream:
 
     def _write(self):
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        text, self.unwritten = self.unwritten, ""
+        text, self.own.unwritten = getattr(self.own, "unwritten", ""), ""
         self._try(self.stream.write, text.encode(encoding, "replace").decode(encoding))
 
     def _try(self, function, *values):
@@ -194,6 +199,14 @@ def can_compile(choice: str, device, warns: bool) -> bool:
         if warns:
             warn(f"torch.compile does not work here ({one_line(error)}): training continues without it, slower")
         return False
+
+
+@lru_cache  # outside of a model, so that a copy of the model is a copy
+def compiled(function):
+    """Return a function compiled by torch as one graph, for tensors of fixed shapes."""
+    import torch
+
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @contextmanager

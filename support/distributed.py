@@ -222,6 +222,19 @@ def shard_model(model, device_type, dtype, compile):
     return model
 
 
+class MicroBatchTooLarge(torch.OutOfMemoryError):
+    """The memory does not suffice for a forward and backward pass. No optimizer has updated anything."""
+
+
+@contextmanager
+def must_fit():
+    """Raise MicroBatchTooLarge if the `with` block runs out of GPU memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MicroBatchTooLarge(*error.args) from error
+
+
 def fits_in_memory(model, B, T, autocast, fsdp):
     """Return whether a GPU has room for a forward and backward pass of (B, T) tokens, beside earlier gradients and the
     two moments of AdamW.

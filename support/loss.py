@@ -14,7 +14,10 @@ SCALE = 64  # divides the gradient of weight: float16 could not hold a sum over 
 
 
 def chunk_loss(states, weight, targets, vocab_size, with_gradients):
-    """Return the summed cross entropy of a chunk of tokens, and its gradients: of states, and of weight / SCALE."""
+    """Return the summed cross entropy of a chunk of tokens, and its gradients: of states, and of weight / SCALE.
+
+    In float16 a probability below 6e-8 becomes zero, so very rare tokens get no gradient from the others' predictions.
+    """
     logits = states @ weight.t()  # (tokens of the chunk, padded V)
     logits[:, vocab_size:] = float("-inf")  # the ids that pad the vocabulary have probability zero
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.common import atomic_write, one_line, quoted, warn
+from support.common import UserError, atomic_write, one_line, quoted, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
 # of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
@@ -73,8 +73,11 @@ class Log:
             revision = ""
         versions = {"python": platform.python_version(), "torch": torch.__version__, "revision": revision or "unknown"}
         about = {"flags": flags, "device": device, "processes": world_size, **versions}
-        with suppress(OSError), atomic_write(self.path.with_name("run.json"), "free some disk space") as file:
-            file.write(json.dumps(about, indent=2).encode())
+        try:
+            with atomic_write(self.path.with_name("run.json"), "free some disk space") as file:
+                file.write(json.dumps(about, indent=2).encode())
+        except (OSError, UserError) as error:
+            warn(f"run.json is not written: {one_line(error)}")
 
     def write(self, step, **values):
         """Append one line for each value."""
@@ -89,10 +92,10 @@ class Log:
                 warn(f"{self.path} cannot be written ({error}). Log lines are kept in memory until it can.")
             self.warned = True
 
-    def is_best(self, step):
-        """Return whether this step's validation loss is the lowest so far. False if it has none."""
-        steps, losses = read_log(self.path).get("val", ([None], [0.0]))
-        return steps[-1] == step and losses[-1] == min(losses)
+    def best_step(self):
+        """Return the step with the lowest validation loss so far, or None."""
+        steps, losses = read_log(self.path).get("val", ([], [])) if self.path.exists() else ([], [])
+        return steps[int(np.argmin(losses))] if steps else None
 
     def finish(self):
         """End the tracker's record."""
@@ -135,7 +138,7 @@ def summary(log_path, tokens, clock, device):
     """Return the last lines of a run: what it took, what it reached, and what to do next."""
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
     lines = [f"finished: {tokens:,} tokens in {duration(time.monotonic() - clock.start)}{memory}"]
-    steps, losses = read_log(log_path).get("val", ([], []))
+    steps, losses = read_log(log_path).get("val", ([], [])) if log_path.exists() else ([], [])
     if losses:
         best = int(np.argmin(losses))
         lines.append(f"validation loss: {losses[-1]:.4f}, at best {losses[best]:.4f} at step {steps[best]}")

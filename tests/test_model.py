@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -311,6 +313,19 @@ def test_loss_in_chunks_is_the_plain_loss(dtype, monkeypatch):
         assert (gradients[1][name] - expected).norm() <= tolerance * expected.norm(), name
     with torch.no_grad():
         torch.testing.assert_close(model(x, y)[1], losses[0], atol=2e-6 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+def test_a_model_is_freed_with_its_last_reference():
+    """Guards the memory of a sharded run, which gathers a whole model for each save."""
+    gc.disable()
+    try:
+        model = GPT(TINY)
+        model.compile_training(trunk=True)
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_the_loss_in_float16_holds_sums_over_many_tokens():

@@ -85,6 +85,18 @@ def test_resumed_run_is_the_undisturbed_one(interrupted, undisturbed, text_shard
     assert (interrupted / "log.txt").read_text() == before
 
 
+def test_the_best_checkpoint_stays(tmp_path):
+    """--save_best would be of no use if later checkpoints replaced the best one."""
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    encoding = fineweb.get_encoding("bytes")
+    with CheckpointWriter(tmp_path, 2, asdict(model.config), encoding, None) as writer:
+        for step in (1, 2, 3, 4):
+            writer.best_step = 1
+            writer.save(step, model.pretrained_weights(), {"step": step})
+            writer.finish()
+    assert steps_saved(tmp_path) == ["step_000001", "step_000003", "step_000004"]
+
+
 @pytest.mark.slow
 def test_resumed_run_with_dropout(undisturbed, text_shards, run_script, tmp_path):
     """The same masks as undisturbed, whatever was sampled on the way; evaluation has none; a change is refused."""

@@ -68,9 +68,13 @@ def test_lines_of_two_threads_do_not_mix():
             written.append(text)
 
     stream = TolerantStream(Pipe())
-    print("step 1", file=stream)
+    stream.write("step 1")
+    other = threading.Thread(target=print, args=["saved"], kwargs={"file": stream})
+    other.start()
+    other.join()
+    stream.write("\n")
     print("a token", end="", file=stream, flush=True)
-    assert written == ["step 1\n", "a token"]
+    assert written == ["saved\n", "step 1\n", "a token"]
 
 
 def test_sighup_saves_like_sigterm(start, tmp_path):

@@ -763,9 +763,10 @@ def test_own_text_in_one_command(tmp_path, shared_data, run_script, capsys):
     train_gpt2.main([*flags, "--overwrite", "--epochs", "1"])
     assert shards == {path: path.stat().st_mtime_ns for path in out.glob("data/*.npy")}
     (tmp_path / "my.txt").write_text(text[40_000:90_000])
-    with pytest.raises(SystemExit):
-        train_gpt2.main([*flags, "--overwrite", "--epochs", "1"])
-    assert "holds shards of other settings" in capsys.readouterr().err
+    train_gpt2.main([*flags, "--resume", "--epochs", "1.5", "--override", "max_steps"])  # keeps the shards
+    assert shards == {path: path.stat().st_mtime_ns for path in out.glob("data/*.npy")}
+    train_gpt2.main([*flags, "--overwrite", "--epochs", "1"])
+    assert fineweb.read_manifest(out / "data")["tokens"] > 2 * manifest["tokens"]
     with pytest.raises(SystemExit):
         train_gpt2.main([*flags, "--data_dir", str(tmp_path)])
     assert "leave --data_dir out" in capsys.readouterr().err
@@ -845,6 +846,16 @@ def test_too_little_memory_for_a_step(text_shards, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         train_gpt2.main([*map(str, flags), "--micro_batch", "4", "--out_dir", str(tmp_path / "four")])
     assert "give a smaller --micro_batch" in capsys.readouterr().err
+
+    def step(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_gpt2, "wrap_model", wrap_model)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)  # an update that has begun is never repeated
+    with pytest.raises(SystemExit):
+        train_gpt2.main([*map(str, flags), "--out_dir", str(tmp_path / "update")])
+    error = capsys.readouterr().err
+    assert "give a smaller --micro_batch" in error and "training continues" not in error
 
 
 def test_batch_ramp(text_shards, tmp_path):
