@@ -93,7 +93,7 @@ def targets_on_cpu(model, loader):
 def positions_on_cpu(model, loader):
     """Plant what a forgotten device=idx.device does."""
     trunk = model.trunk
-    model.training_trunk = lambda idx: trunk(idx, torch.arange(idx.size(1)))
+    model.trunk = lambda idx: trunk(idx, torch.arange(idx.size(1)))
 
 
 def weight_in_float64(model, loader):
@@ -104,8 +104,8 @@ def weight_in_float64(model, loader):
 
 def states_in_bfloat16(model, loader):
     """Plant a loss that forgets to cast: outside of autocast, the product has two types."""
-    loss = model.chunk_loss
-    model.chunk_loss = lambda states, weight, *more: loss(states.bfloat16(), weight, *more)
+    loss = train_gpt2.chunk_loss
+    train_gpt2.chunk_loss = lambda states, weight, *more: loss(states.bfloat16(), weight, *more)
 
 
 def main():
