@@ -551,20 +551,23 @@ def prepare(
     return manifest
 
 
-def prepare_small(source: str, out_dir: Path, encoding: str, keep: bool) -> dict:
+def prepare_small(source: str, out_dir: Path, encoding: str, resume: bool = False, overwrite: bool = False) -> dict:
     """Tokenize a corpus with a tenth of it for validation, at most SHARD_TOKENS, and return the manifest.
 
-    Another call with the same corpus uses the shards again. keep: finished shards of this source stay as they are, even
-    if it has changed since; otherwise shards of another corpus are replaced. Raises UserError.
+    Another call with the same corpus uses the shards again. resume: use finished shards of this source even if it has
+    changed since, or is gone. overwrite: replace shards of another corpus, which otherwise raise UserError.
     """
     out_dir = Path(out_dir)
     before = read_manifest(out_dir)
-    if keep and list_shards(out_dir) and (before["source"], before["finished"]) == (source, True):
+    files = [*list_shards(out_dir), *list_manifests(out_dir)]
+    if resume and files and (before["source"], before["finished"]) == (source, True):
         return before
-    tally = Tally(TEXT)
-    tasks, revision = open_source(source, None, tally)
-    if (before["source"], before["revision"], before["encoding"]) != (source, revision, encoding):
-        for path in (*list_shards(out_dir), *list_manifests(out_dir)):
+    tasks, revision = open_source(source, None, Tally(TEXT))
+    is_same = (before["source"], before["revision"], before["encoding"]) == (source, revision, encoding)
+    if files and not is_same and not overwrite:
+        raise UserError(f"{out_dir} has shards of another text: give --overwrite to replace them, or another --out_dir")
+    if not is_same:
+        for path in files:
             path.unlink()
     elif before["finished"]:
         return prepare(source, out_dir, encoding, before["shard_tokens"], workers=1)

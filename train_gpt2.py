@@ -145,8 +145,8 @@ PRESETS = {
     # times AdamW's. Muon's updates have the size of AdamW's at any width, so its rate scales like AdamW's: 4 x 6e-4.
     "gpt2-fast": (GPTConfig(), TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear",
                                            min_lr_ratio=0.0, max_steps=9536, warmup_steps=358)),
-    # OpenAI's model learns one's own text: python train_gpt2.py --preset finetune --source my.txt. A tenth of the peak
-    # rate and dropout are for small texts; the newest two checkpoints are the best one and the last one
+    # OpenAI's model continues with your text: python train_gpt2.py --preset finetune --source my.txt. Small texts need
+    # dropout and a tenth of the learning rate. The two checkpoints that stay are usually the best one and the last one.
     "finetune": (GPTConfig(dropout=0.1),
         TrainConfig(
             preset="finetune", out_dir=str(HERE / "finetune"), init_from="gpt2", epochs=3, lr=6e-5, warmup_steps=10,
@@ -919,10 +919,10 @@ def run_steps(start, training, config, runtime, writer):
             if not (start.evaluated and step == start.step):
                 with runtime.stop.covers_compiler():
                     evaluate(step, training, config, runtime)
-            evaluated = step > 0 and step % config.eval_interval == 0
-            best = config.save_best and evaluated and from_rank0(training.log.best_step(), runtime.device) == step
+            evaluates = step > 0 and step % config.eval_interval == 0
+            best = config.save_best and evaluates and from_rank0(training.log.best_step(), runtime.device) == step
             writer.best_step = step if best else writer.best_step
-            retry = evaluated and any_rank(writer.failed())
+            retry = evaluates and any_rank(writer.failed())
             if last_step or best or retry or (step > 0 and step % config.save_interval == 0):
                 save(step, skipped, training, config, runtime, writer)
             if last_step:
@@ -1172,7 +1172,7 @@ def run(arguments):
         if runtime.rank == 0 and demo_lacks_shards(config):
             fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
         if runtime.rank == 0 and config.source:
-            fineweb.prepare_small(config.source, config.data_dir, config.encoding, keep=config.resume)
+            fineweb.prepare_small(config.source, config.data_dir, config.encoding, config.resume, config.overwrite)
         distributed.barrier()  # the others wait for the shards
         train(model_config, resolve_lengths(model_config, config, runtime), runtime)
 

@@ -147,7 +147,7 @@ def check_weights(weights: dict, shape: dict) -> None:
 
 
 def check_data_dir(data_dir: str | Path) -> None:
-    """Raise UserError if --data_dir names something other than a folder of shards, and it is known what it is."""
+    """Raise UserError if --data_dir names texts, a single file or an incomplete folder of nanoGPT."""
     from fineweb import list_shards, raw_shards
 
     path, flag = Path(data_dir), f"--data_dir {data_dir}"

@@ -94,8 +94,8 @@ class Log:
 
     def best_step(self):
         """Return the step with the lowest validation loss so far, or None."""
-        steps, losses = read_log(self.path).get("val", ([], [])) if self.path.exists() else ([], [])
-        return steps[int(np.argmin(losses))] if steps else None
+        losses = validation_losses(self.path)
+        return min(losses, key=losses.get, default=None)
 
     def finish(self):
         """End the tracker's record."""
@@ -138,23 +138,23 @@ def summary(log_path, tokens, clock, device):
     """Return the last lines of a run: what it took, what it reached, and what to do next."""
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
     lines = [f"finished: {tokens:,} tokens in {duration(time.monotonic() - clock.start)}{memory}"]
-    steps, losses = read_log(log_path).get("val", ([], [])) if log_path.exists() else ([], [])
-    if losses:
-        best = int(np.argmin(losses))
-        lines.append(f"validation loss: {losses[-1]:.4f}, at best {losses[best]:.4f} at step {steps[best]}")
-    out_dir = quoted(log_path.parent)
+    out_dir, model = quoted(log_path.parent), log_path.parent
+    if losses := validation_losses(log_path):
+        best, last = min(losses, key=losses.get), max(losses)
+        lines.append(f"validation loss: {losses[last]:.4f}, at best {losses[best]:.4f} at step {best}")
+        checkpoint = model / "checkpoints" / f"step_{best:06d}"
+        model = checkpoint if best < last and checkpoint.exists() else model
     lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
-    if (
-        losses
-        and best < len(losses) - 1
-        and (folder := log_path.parent / "checkpoints" / f"step_{steps[best]:06d}").exists()
-    ):
-        out_dir = quoted(folder)  # the best one, which may be older than the last one
-    lines.append(f"to generate text: python sample.py --model {out_dir}")
+    lines.append(f"to generate text: python sample.py --model {quoted(model)}")
     lines.append(
         "to train further: the same command with --resume --override max_steps and more --max_steps or --epochs"
     )
     return "\n".join(lines)
+
+
+def validation_losses(log_path):
+    """Return {step: validation loss} of a log.txt; {} if it does not exist."""
+    return dict(zip(*read_log(log_path).get("val", ([], [])))) if log_path.exists() else {}
 
 
 def read_log(path):
@@ -240,11 +240,12 @@ def draw_reference(axes, name, value):
     axes.annotate(f"{name}, {value:.3f}", (1, value), (4, 0), va=va, color="gray", fontsize=8, **at)
 
 
-# Dense TFLOP/s in bfloat16, or float16 where the GPU has no bfloat16, with sums in float32, for the MFU. Sources: the
-# data sheets (half of a figure "with sparsity"). For GeForce: the white papers of its architectures; for 4080 SUPER,
-# 4090 D, 4070, 4060 and Laptop models NVIDIA's "AI TOPS" / 8, for the 50 series / 16, because those count FP4. A Laptop
-# model has the peak of its highest power limit. The first name that a device's name contains as whole words counts, so
-# longer names come first. A "$" is the end of the name, because an "RTX 5090 D" is another GPU than an "RTX 5090".
+# Dense TFLOP/s in bfloat16, or float16 where the GPU has no bfloat16, with sums in float32, for the MFU. They are from
+# memory of the data sheets (half of a figure "with sparsity"), and for GeForce of the white papers. Only A100, H100
+# and V100 were compared with a second source. For 4080 SUPER, 4090 D, 4070, 4060 and Laptop models they are NVIDIA's
+# "AI TOPS" / 8, for the 50 series / 16, because those count FP4. A Laptop model has the peak of its highest power limit.
+# The first name that a device's name contains as whole words counts, so longer names come first. A "$" is the end of
+# the name, because an "RTX 5090 D" is another GPU than an "RTX 5090".
 PEAK_TFLOPS = {
     "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250,
     "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148,
