@@ -243,7 +243,7 @@ def draw_reference(axes, name, value):
 # Dense TFLOP/s in bfloat16, or float16 where the GPU has no bfloat16, with sums in float32, for the MFU. They are from
 # memory of the data sheets (half of a figure "with sparsity"), and for GeForce of the white papers. Only A100, H100
 # and V100 were compared with a second source. For 4080 SUPER, 4090 D, 4070, 4060 and Laptop models they are NVIDIA's
-# "AI TOPS" / 8, for the 50 series / 16, because those count FP4. A Laptop model has the peak of its highest power limit.
+# "AI TOPS" / 8, for the 50 series / 16, because those count FP4. A Laptop GPU has the peak of its highest power limit.
 # The first name that a device's name contains as whole words counts, so longer names come first. A "$" is the end of
 # the name, because an "RTX 5090 D" is another GPU than an "RTX 5090".
 PEAK_TFLOPS = {
