@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fineweb
 import hellaswag
-from support import checkpoints, common, distributed, foreign, runlog, tokenizer
+from support import checkpoints, common, distributed, foreign, hardware, runlog, tokenizer
 from support.common import UserError, flag
 from support.distributed import EXIT_STOPPED, Stopped, StopSignal, any_rank, from_rank0, gather, sum_over_ranks
 from support.generation import KVCache, pick_next_id
@@ -579,7 +579,7 @@ def pick_val_tokens(model_config, config, device_type):
     if config.val_tokens != "auto":
         return config.val_tokens
     shape = GPTConfig() if config.init_from else model_config  # whose shape is not known yet
-    per_minute = 60 * 2e11 / (runlog.flops_per_token(shape, config.seq_len) / 3)  # a third is forward
+    per_minute = 60 * 2e11 / (hardware.flops_per_token(shape, config.seq_len) / 3)  # a third is forward
     return max(config.seq_len, min(VAL_TOKENS, int(per_minute))) if device_type == "cpu" else VAL_TOKENS
 
 
@@ -971,7 +971,7 @@ def open_output(training, config, runtime, damaged, resumed_step):
     checkpoints.prepare_out_dir(config.out_dir, damaged, resumed, config.overwrite)
     evaluated = resumed and runlog.cut_log(training.log.path, resumed_step)
     flags = {**asdict(training.raw_model.config), **asdict(config)}
-    training.log.describe(flags, runlog.device_name(runtime.device), runtime.world_size)
+    training.log.describe(flags, hardware.device_name(runtime.device), runtime.world_size)
     if config.tracker != "none":
         training.log.start_tracker(config.tracker, flags)
     return evaluated
@@ -996,8 +996,8 @@ def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
         rare = ({"skipped": skipped} if skipped else {}) | ({"tokens": tokens} if config.batch_ramp_steps else {})
         training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **rare)
     if step % config.log_interval == 0 or skipped:
-        flops = runlog.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / runtime.world_size
-        about = runlog.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", left
+        flops = hardware.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / runtime.world_size
+        about = hardware.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", left
         line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
         runtime.print0(" | ".join(filter(None, (f"{line}tok/s: {tok_s:,.0f}", *about))))
 
@@ -1016,7 +1016,7 @@ def print_run(training, config, runtime, resumed_step):
     layout = f"{loader.B} sequences x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
     ramp = f", reached from {batch_tokens(0, config):,} in {config.batch_ramp_steps} steps"
     print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}{ramp if config.batch_ramp_steps else ''}")
-    machine = f"{runlog.device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
+    machine = f"{hardware.device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
     print0(f"machine: {machine}, torch {torch.__version__}, {mode}")
     print0(f"evaluation: every {config.eval_interval} steps, on {min(config.val_tokens, val_tokens):,} tokens")
     if resumed_step is not None:

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fineweb
 from support.common import UserError, exit_on_error, pick_device
-from support.runlog import peak_flops
+from support.hardware import peak_flops
 from train_gpt2 import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent

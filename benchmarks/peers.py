@@ -38,7 +38,7 @@ from measure import (
 )
 
 from support.common import UserError
-from support.runlog import flops_per_token
+from support.hardware import flops_per_token
 
 # Runs a script as python does, and at its end prints the peak of the GPU's memory.
 WRAPPER = """

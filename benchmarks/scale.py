@@ -15,7 +15,7 @@ import sys
 from count_step import count_fsdp_step, count_step, ddp_buckets
 from measure import compact_json, describe, make_parser, markdown, parse_flags, run_main
 
-from support.runlog import PEAK_TFLOPS, flops_per_token
+from support.hardware import PEAK_TFLOPS, flops_per_token
 from train_gpt2 import AUTO_TOKENS, PRESETS
 
 MEMORIES = 8, 12, 16, 24, 40, 80, 141  # GB of the cards

@@ -27,7 +27,7 @@ from measure import (
     write_report,
 )
 
-from support.runlog import flops_per_token
+from support.hardware import flops_per_token
 from train_gpt2 import GPT, DataLoaderLite, configure_optimizers, setup_runtime, train_step, wrap_model
 
 COLUMNS = {

@@ -20,7 +20,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support.runlog import flops_per_token, read_log
+from support.hardware import flops_per_token
+from support.runlog import read_log
 from train_gpt2 import (
     GPT,
     PRESETS,

@@ -29,6 +29,7 @@ FORBIDDEN = {  # what importing a module must not load
     "support.loss": HEAVY | {"train_gpt2"},
     "support.tokenizer": HEAVY | {"train_gpt2", "tiktoken"},
     "support.foreign": HEAVY | {"train_gpt2", "tiktoken"},
+    "support.hardware": HEAVY | {"train_gpt2"},
     "support.runlog": HEAVY | {"train_gpt2"},
     "support.distributed": HEAVY | {"train_gpt2"},
 }

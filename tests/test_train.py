@@ -21,7 +21,8 @@ import fineweb
 import train_gpt2
 from support import runlog
 from support.common import pick_dtype
-from support.runlog import Log, draw_curve, peak_flops, read_log
+from support.hardware import peak_flops
+from support.runlog import Log, draw_curve, read_log
 from train_gpt2 import (
     GPT,
     PRESETS,
