@@ -88,7 +88,7 @@ class TrainConfig:
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
     override: tuple[str, ...] = flag((), "free")  # names of flags whose change is allowed when resuming: max_steps lr
-    seed: int = flag(1337, "named")  # seed of the initialization, the shuffle and dropout (lecture)
+    seed: int = flag(1337, "named", at_least=0, at_most=2**32 - 1)  # of initialization, shuffle, dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
     epochs: float = flag(0.0, "free", at_least=0)  # passes over the text, instead of max_steps; ten evaluations each
@@ -103,7 +103,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = flag("adamw")  # muon: for the blocks' matrices, with AdamW for the rest
     lr: float = flag(6e-4, "named", above=0)  # peak learning rate (GPT-3)
     schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3: cosine)
-    min_lr_ratio: float = flag(0.1, "named")  # final learning rate, as a share of the peak (GPT-3: 0.1)
+    min_lr_ratio: float = flag(0.1, "named", at_least=0, at_most=1)  # final learning rate / peak (GPT-3: 0.1)
     warmup_steps: int = flag(715, "named", at_least=0)  # updates in which the learning rate rises (GPT-3: 375M tokens)
     weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
     grad_clip: float = flag(1.0, "named", at_least=0)  # scale a larger gradient down to this norm; 0: never (GPT-3)
@@ -129,7 +129,7 @@ class TrainConfig:
     prompt: str = flag("Hello, I'm a language model,", "free")  # start of the samples (lecture)
     num_samples: int = flag(4, "free", above=0)  # samples each time (lecture)
     max_new_tokens: int = flag(24, "free", above=0)  # tokens to generate after the prompt (lecture)
-    sample_seed: int = flag(42, "free")  # seed of the samples, which have their own random generator (lecture)
+    sample_seed: int = flag(42, "free", at_least=0)  # seed of the random generator of the samples (lecture)
     hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: no HellaSwag score
     tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # also send log.txt's values to this package
     dry_run: bool = flag(False, "free")  # check everything, print the plan and write nothing
@@ -178,6 +178,8 @@ PRESETS = {
 }  # fmt: skip
 # what a resumed run may change if --override names it, and what it may not; another path to the same data is free
 FLAGS = {f.name: f.metadata for f in (*fields(GPTConfig), *fields(TrainConfig))}
+# another seed or another order of the same sequences is the same recipe
+RECIPE_FLAGS = [name for name in FLAGS if FLAGS[name]["resume"] != "free" and name not in ("seed", "shuffle")]
 OVERRIDABLE = ["data_dir", *(name for name in FLAGS if FLAGS[name]["resume"] == "named")]
 SHAPE_FLAGS = [f.name for f in fields(GPTConfig) if f.metadata["resume"] == "fixed"]
 DEMO_SHARD_TOKENS = 250_000  # the first shard is for validation: 2% of the standard library
@@ -727,6 +729,14 @@ def print_samples(raw_model, encoding, config, runtime):
         print(f"sample {i}: {tokenizer.decode_known(row, encoding)}", flush=True)
 
 
+def reference_recipe(model_config, config):
+    """Return the preset if its healthy runs are a reference for this run, which changes no number of it, or None."""
+    ours, preset = ({**asdict(m), **asdict(c)} for m, c in ((model_config, config), PRESETS[config.preset]))
+    same = all(ours[name] == preset[name] for name in RECIPE_FLAGS)
+    manifest = fineweb.read_manifest(config.data_dir)
+    return config.preset if same and runlog.has_reference(config.preset, manifest, config.val_tokens) else None
+
+
 def evaluate(step, training, config, runtime):
     """Measure, print and log what is due at this step. Raises Stopped, and then nothing is logged."""
     last_step = step == config.max_steps
@@ -751,7 +761,10 @@ def evaluate(step, training, config, runtime):
     if evaluates and runtime.rank == 0:
         training.log.write(step, **results)
         with suppress(OSError):  # a full disk, about which the log has already warned
-            figure = runlog.draw_curve({"": runlog.read_log(training.log.path)}, fineweb.read_manifest(config.data_dir))
+            log, recipe = runlog.read_log(training.log.path), reference_recipe(training.raw_model.config, config)
+            for line in runlog.due_checks(log, recipe, step, config.eval_interval):
+                print(line, flush=True)
+            figure = runlog.draw_curve({"": log}, fineweb.read_manifest(config.data_dir), recipe)
             figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
     if samples and runtime.rank == 0:
         print_samples(whole, training.encoding, config, runtime)
@@ -759,14 +772,6 @@ def evaluate(step, training, config, runtime):
 
 
 # --- setting up a run, and resuming one -------------------------------------------------------------------------------
-
-
-class Start(NamedTuple):
-    """Where a run starts: its first step, the updates skipped just before it, and whether it is already evaluated."""
-
-    step: int = 0
-    skipped: int = 0
-    evaluated: bool = False
 
 
 class Training(NamedTuple):
@@ -785,11 +790,8 @@ class Training(NamedTuple):
     clock: runlog.Clock
 
 
-def training_state(step, skipped, training, flags):
-    """Return what a resumed run needs besides the weights: plain tensors, numbers and dicts.
-
-    skipped: how many updates just before this step were skipped. flags: {name: value} of both configurations.
-    """
+def training_state(step, skipped, training, config):
+    """Return the plain values that continue a run, besides the weights. skipped: updates skipped before this step."""
     return {
         "step": step,
         "skipped": skipped,
@@ -798,7 +800,7 @@ def training_state(step, skipped, training, flags):
         "loader": training.loader.position,
         "rng": torch.get_rng_state(),  # for forks that use it: train_step sets its own seed
         "fingerprint": training.fingerprint,
-        "config": flags,
+        "config": {**asdict(training.raw_model.config), **asdict(config)},
     }
 
 
@@ -895,28 +897,30 @@ def train(model_config, config, runtime):
         return runtime.print0("this was a dry run: nothing was trained or written")
     opened = open_output(training, config, runtime, damaged, resumed_step) if runtime.rank == 0 else None
     evaluated = from_rank0(opened, runtime.device)
-    start = Start(resumed_step, state["skipped"], evaluated) if state else Start()
+    first_step, skipped = (state["step"], state["skipped"]) if state else (0, 0)
     del state, weights
     output = config.out_dir, config.keep_checkpoints, asdict(training.raw_model.config), training.encoding
     with runtime.stop, checkpoints.CheckpointWriter(*output, resumed_step) as writer:
         writer.best_step = training.log.best_step() if config.save_best else None
         try:
-            run_steps(start, training, config, runtime, writer)
+            run_steps(first_step, skipped, evaluated, training, config, runtime, writer)
             writer.finish()
         finally:
             training.log.finish()
     if runtime.rank == 0:
-        tokens = tokens_before(config.max_steps, config) - tokens_before(start.step, config)
-        print(runlog.summary(training.log.path, tokens, training.clock, runtime.device))
+        tokens = tokens_before(config.max_steps, config) - tokens_before(first_step, config)
+        recipe = reference_recipe(training.raw_model.config, config)
+        print(runlog.summary(training.log.path, tokens, training.clock, runtime.device, recipe))
 
 
-def run_steps(start, training, config, runtime, writer):
-    """Run steps start.step … max_steps. Each is evaluated before its update, so the last line is of the final model."""
-    skipped = start.skipped
+def run_steps(first_step, skipped, evaluated, training, config, runtime, writer):
+    """Run steps first_step … max_steps. Each is evaluated before its update, so the last line is of the final model.
+    Just before first_step, `skipped` updates in a row were skipped. It may be `evaluated` already.
+    """
     try:
-        for step in range(start.step, config.max_steps + 1):
+        for step in range(first_step, config.max_steps + 1):
             last_step, position = step == config.max_steps, training.loader.position
-            if not (start.evaluated and step == start.step):
+            if not (evaluated and step == first_step):
                 with runtime.stop.covers_compiler():
                     evaluate(step, training, config, runtime)
             evaluates = step > 0 and step % config.eval_interval == 0
@@ -981,8 +985,7 @@ def save(step, skipped, training, config, runtime, writer):
     """Save the state at this step, unless the newest checkpoint is of it. All processes gather; rank 0 writes."""
     writes = runtime.rank == 0
     if any_rank(writes and writer.lacks(step)):
-        flags = {**asdict(training.raw_model.config), **asdict(config)}
-        state = distributed.copy_to_cpu(training_state(step, skipped, training, flags), keep=writes)
+        state = distributed.copy_to_cpu(training_state(step, skipped, training, config), keep=writes)
         whole = distributed.whole_model(training.raw_model, GPT)
         if writes:
             writer.save(step, whole.pretrained_weights(), state)
@@ -1009,8 +1012,8 @@ def print_run(training, config, runtime, resumed_step):
     tokens, val_tokens = loader.num_rows * loader.T, training.val_loader.num_rows * loader.T
     epochs = tokens_before(config.max_steps, config) / tokens
     mode = ("sharded, " if runtime.fsdp else "") + ("compiled (slow first step)" if runtime.compile else "eager")
-    n_params = training.raw_model.num_params()
-    print0(f"model: {n_params:,} parameters, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
+    n_params = f"{training.raw_model.num_params():,} parameters"
+    print0(f"model: {n_params}, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels")
     data = f"{tokens:,} tokens in {len(loader.paths)} shards of {config.data_dir}"
     print0(f"data: {data}, {epochs:.2f} epochs in {config.max_steps} steps")
     layout = f"{loader.B} sequences x {loader.T} tokens x {world_size} processes x {micro_steps} micro-steps"
@@ -1036,10 +1039,7 @@ def config_errors(m, c):
     installed = c.tracker == "none" or getattr(importlib.util.find_spec(c.tracker), "origin", None)
     checks = [
         (not 0 <= m.dropout < 1, f"--dropout is {m.dropout}: it must be 0 or more, and less than 1"),
-        (not 0 <= c.min_lr_ratio <= 1, f"--min_lr_ratio is {c.min_lr_ratio}: it is a share of --lr, from 0 to 1"),
         (not all(0 <= b < 1 for b in c.betas), f"--betas are {c.betas}: each must be 0 or more, and less than 1"),
-        (not 0 <= c.seed < 2**32, f"--seed is {c.seed}: it must be from 0 to 2**32 - 1"),
-        (not 0 <= c.sample_seed < 2**64, f"--sample_seed is {c.sample_seed}: it must be from 0 to 2**64 - 1"),
         (not installed, f"--tracker {c.tracker} is not installed: pip install {c.tracker}"),
         (c.resume and c.overwrite, "--resume and --overwrite exclude each other: give one of them"),
         (restarted and c.overwrite, "--overwrite would delete the run that torchrun restarts: give --resume"),

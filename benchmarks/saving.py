@@ -41,7 +41,7 @@ def start_training(preset, device, folder):
 def blocking_save(step, training, config):
     """Write a checkpoint without a thread. Return its folder."""
     weights, shape = training.raw_model.pretrained_weights(), asdict(training.raw_model.config)
-    state = copy_to_cpu(training_state(step, 0, training, {**shape, **asdict(config)}), keep=True)
+    state = copy_to_cpu(training_state(step, 0, training, config), keep=True)
     return save_checkpoint(config.out_dir, step, weights, state, shape, training.encoding)
 
 

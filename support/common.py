@@ -119,11 +119,12 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(130)
 
 
-def flag(default, resume="fixed", above=None, at_least=None):
-    """Return a dataclass field for a flag. `above` and `at_least` bound its number. `resume` says whether a resumed run
-    may change it: "free", "named" (only if --override names it) or "fixed" (it shapes tensors or data).
+def flag(default, resume="fixed", above=None, at_least=None, at_most=None):
+    """Return a dataclass field for a flag. `above`, `at_least` and `at_most` bound its number. `resume` says whether a
+    resumed run may change it: "free", "named" (only if --override names it) or "fixed" (it shapes tensors or data).
     """
-    return field(default=default, metadata={"resume": resume, "above": above, "at_least": at_least})
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata={"resume": resume, **bounds})
 
 
 def given_flags(arguments: list[str]) -> set[str]:
@@ -135,13 +136,16 @@ def range_errors(config) -> list[str]:
     """Return a line for each number of a dataclass of flags that is out of its bounds."""
     errors = []
     for f in fields(config):
-        value, above, at_least = getattr(config, f.name), f.metadata["above"], f.metadata["at_least"]
+        value = getattr(config, f.name)
+        above, at_least, at_most = f.metadata["above"], f.metadata["at_least"], f.metadata["at_most"]
         if not isinstance(value, (int, float)) or (above is None and at_least is None):
             continue
         if above is not None and not value > above:
             errors.append(f"--{f.name} is {value}: it must be above {above}")
         elif at_least is not None and not value >= at_least:
             errors.append(f"--{f.name} is {value}: it must be {at_least} or more")
+        elif at_most is not None and not value <= at_most:
+            errors.append(f"--{f.name} is {value}: it must be at most {at_most}")
         elif value == math.inf:
             errors.append(f"--{f.name} is inf: it must be finite")
         elif isinstance(value, int) and value >= 2**63:

@@ -1,21 +1,26 @@
 """What a run records: log.txt, the curve that is drawn from it, and a tracker such as wandb."""
 
+import argparse
+import csv
 import importlib
 import json
 import math
 import os
 import platform
 import re
+import statistics
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from support.common import UserError, atomic_write, one_line, quoted, warn
+from support.common import UserError, atomic_write, exit_on_error, one_line, quoted, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
 # of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
@@ -26,6 +31,8 @@ REFERENCES = {
               "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
 }  # fmt: skip
 
+# The presets for which references.csv has the values of healthy runs, and the data of those runs: encoding, source.
+CHECKED = {"gpt2": ("gpt2", "fineweb-edu"), "demo": ("bytes", "stdlib")}
 
 WEEK = 7 * 24 * 3600  # seconds
 
@@ -128,7 +135,7 @@ def duration(seconds):
     return re.sub("^0:0?(?=.:)|^0:(?=..:)", "", str(timedelta(seconds=round(seconds))))
 
 
-def summary(log_path, tokens, clock, device):
+def summary(log_path, tokens, clock, device, recipe):
     """Return the last lines of a run: what it took, what it reached, and what to do next."""
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
     lines = [f"finished: {tokens:,} tokens in {duration(time.monotonic() - clock.start)}{memory}"]
@@ -138,6 +145,8 @@ def summary(log_path, tokens, clock, device):
         lines.append(f"validation loss: {losses[last]:.4f}, at best {losses[best]:.4f} at step {best}")
         checkpoint = model / "checkpoints" / f"step_{best:06d}"
         model = checkpoint if best < last and checkpoint.exists() else model
+    if checks := check_run(read_log(log_path), recipe):
+        lines.append(f"compared with healthy runs: {describe_checks(checks)}")
     lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
     lines.append(f"to generate text: python sample.py --model {quoted(model)}")
     lines.append(
@@ -185,11 +194,11 @@ def cut_log(path, step):
     return evaluated
 
 
-def draw_curve(logs, manifest):
+def draw_curve(logs, manifest, recipe=None):
     """Return a matplotlib Figure of {label: log, as read_log returns it}: losses, and HellaSwag accuracies if any.
 
     manifest: the manifest of the runs' data. OpenAI's loss is per GPT-2 token of FineWeb-Edu, so it is drawn only
-    beside losses of the same kind.
+    beside losses of the same kind. recipe: the preset whose healthy runs are drawn, too (see CHECKED).
     """
     from matplotlib.figure import Figure  # not pyplot: no window and no global state
 
@@ -199,6 +208,9 @@ def draw_curve(logs, manifest):
     panels = ["val", "hella"] if any("hella" in log for log in logs.values()) else ["val"]
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        last = max((steps[-1] for log in logs.values() for steps, _ in log.values()), default=0)
+        if healthy := [(p.step, p.value) for p in expected_values(recipe) if p.stream == panel and p.step <= last]:
+            axes.plot(*zip(*healthy), color="gray", lw=3, alpha=0.4, label="healthy run")
         for i, (label, log) in enumerate(logs.items()):
             if panel == "val" and "train" in log:
                 draw_training_loss(axes, *log["train"], f"{label} train", f"C{i}")
@@ -232,3 +244,97 @@ def draw_reference(axes, name, value):
     axes.axhline(value, color="gray", lw=1, ls=ls, zorder=1)
     at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": True}
     axes.annotate(f"{name}, {value:.3f}", (1, value), (4, 0), va=va, color="gray", fontsize=8, **at)
+
+
+# --- is this run as it should be? -------------------------------------------------------------------------------------
+
+
+class Expected(NamedTuple):
+    """What healthy runs measured: a stream at a step or, with a window, its mean over that many updates before it."""
+
+    stream: str
+    step: int
+    window: int
+    value: float
+    tolerance: float
+
+
+def expected_values(recipe):
+    """Return the Expected values of healthy runs of a preset, sorted by step. Its name is a key of CHECKED."""
+    with open(Path(__file__).with_name("references.csv"), newline="") as file:
+        rows = [row for row in csv.reader(file) if row[0] == recipe]
+    points = [Expected(row[1], int(row[2]), int(row[3]), float(row[4]), float(row[5])) for row in rows]
+    return sorted(points, key=lambda point: point.step)
+
+
+def check_run(log, recipe):
+    """Compare a log, as read_log returns it, with healthy runs. Return {step: (whether it is as expected, a line)}.
+
+    A step is left out if the log lacks its evaluation or an update of its window. Skipped updates do not count.
+    """
+    logged = {stream: dict(zip(*lists)) for stream, lists in log.items()}
+    skipped, found = logged.get("skipped", {}), {}
+    for point in expected_values(recipe):
+        updates = range(point.step - point.window, point.step) if point.window else [point.step]
+        values = [logged.get(point.stream, {}).get(i) for i in updates if i not in skipped]
+        if values and None not in values:
+            found.setdefault(point.step, []).append(comparison(point, statistics.fmean(values)))
+    checks = {}
+    for step, comparisons in found.items():
+        is_expected = all(good for good, _ in comparisons)
+        verdict = "as expected" if is_expected else "not as expected, see docs/troubleshooting.md#is-my-run-right"
+        texts = [text for good, text in comparisons if good == is_expected]
+        checks[step] = is_expected, f"check {step:4d} | {' | '.join(texts)} | {verdict}"
+    return checks
+
+
+def comparison(point, value):
+    """Return whether a value is within the tolerance of an Expected one, and the text that says so."""
+    difference = value - point.value
+    if abs(difference) <= point.tolerance:  # not if it is nan
+        return True, f"{point.stream} {value:.5g} (reference {point.value:.5g})"
+    where = "below" if difference < 0 else "above"
+    text = f"{abs(difference):.3g} {where} the reference {point.value:.5g}, tolerance {point.tolerance:.2g}"
+    return False, f"{point.stream} {value:.5g} ({text})"
+
+
+def describe_checks(checks):
+    """Return the result of check_run in a few words."""
+    failures = sum(not is_expected for is_expected, _ in checks.values())
+    return f"not as expected at {failures} of {len(checks)} steps" if failures else "as expected"
+
+
+def due_checks(log, recipe, step, interval):
+    """Return the lines of check_run that an evaluation prints: its own, and those since the one before that failed."""
+    checks = check_run(log, recipe).items()
+    return [line for at, (good, line) in checks if at == step or (not good and step - interval < at < step)]
+
+
+def has_reference(preset, manifest, val_tokens):
+    """Return whether references.csv describes a preset's runs on the data of a manifest.
+
+    Fewer than 100,000 val_tokens measure the validation loss too inexactly for a comparison.
+    """
+    encoding, source = CHECKED.get(preset, ("none", ""))
+    return manifest["encoding"] == encoding and source in manifest.get("source", "") and val_tokens >= 100_000
+
+
+def main():
+    """Print how a log compares with healthy runs. Exit code 0: as expected so far; 1: not; 2: cannot be compared."""
+    parser = argparse.ArgumentParser(prog="python -m support.runlog", description=main.__doc__)
+    parser.add_argument("log", type=Path, help="a log.txt of this project or of build-nanogpt")
+    parser.add_argument("--recipe", choices=CHECKED, default="gpt2", help="the preset that the run used")
+    args = parser.parse_args()
+    with exit_on_error():
+        if not args.log.is_file():
+            raise UserError(f"{args.log} is not a file: give the log.txt of a run")
+        checks = check_run(read_log(args.log), args.recipe)
+        if not checks:
+            raise UserError(f"{args.log} has no step that can be compared: is it a log.txt of --recipe {args.recipe}?")
+        print(*(line for _, line in checks.values()), sep="\n")
+        print(f"compared with healthy runs: {describe_checks(checks)}")
+        sys.exit(0 if all(is_expected for is_expected, _ in checks.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
