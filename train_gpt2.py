@@ -991,13 +991,13 @@ def save(step, skipped, training, config, runtime, writer):
 def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
     """Print and log one update, or that it was skipped."""
     lr, tokens = get_lr(step, config), batch_tokens(step, config)
-    tok_s, left = tokens / seconds, training.clock.time_left(step) if runtime.rank == 0 else ""
+    tok_s, progress = tokens / seconds, training.clock.progress(step) if runtime.rank == 0 else ""
     if runtime.rank == 0:
         rare = ({"skipped": skipped} if skipped else {}) | ({"tokens": tokens} if config.batch_ramp_steps else {})
         training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **rare)
     if step % config.log_interval == 0 or skipped:
         flops = runlog.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / runtime.world_size
-        about = runlog.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", left
+        about = runlog.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", progress
         line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
         runtime.print0(" | ".join(filter(None, (f"{line}tok/s: {tok_s:,.0f}", *about))))
 

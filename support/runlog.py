@@ -108,19 +108,24 @@ class Clock:
     def __init__(self, last_step):
         self.last_step, self.start, self.first, self.warned = last_step, time.monotonic(), None, False
 
-    def time_left(self, step):
-        """Return the time after this update until the end, such as "3:12:05 left", or "" after the first."""
+    def progress(self, step):
+        """Return what is done after this update, such as "1.3% done | 0:42 elapsed | 3:12:05 left".
+
+        After the first update, the time that is left is not known yet. A resumed run's time starts when it is resumed.
+        """
+        now = time.monotonic()
+        done = f"{(step + 1) / self.last_step:.1%} done | {duration(now - self.start)} elapsed"
         if self.first is None:
-            self.first = step, time.monotonic()
-            return ""
+            self.first = step, now
+            return done
         first_step, start = self.first
-        seconds = (time.monotonic() - start) / (step - first_step) * (self.last_step - 1 - step)
+        seconds = (now - start) / (step - first_step) * (self.last_step - 1 - step)
         if seconds > WEEK and step - first_step >= 10 and not self.warned:
             self.warned = True
             warn(
                 f"at this speed the run takes {seconds / 86400:.0f} days: --preset demo or fewer --max_steps take less"
             )
-        return f"{duration(seconds)} left"
+        return f"{done} | {duration(seconds)} left"
 
 
 def duration(seconds):

@@ -372,10 +372,10 @@ def test_log_and_curve(small_run):
     assert log["val"][0] == [0, 10, 20]
     assert abs(log["val"][1][0] - math.log(50257)) < 0.1 and log["val"][1][-1] < log["val"][1][0] - 1
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    step_line = (
-        r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+(?: \| [\d:]+ left)?$"
-    )
-    assert [int(step) for step in re.findall(step_line, stdout, re.M)] == list(range(20))
+    step_line = r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+"
+    step_line += r" \| ([\d.]+)% done \| [\d:]+ elapsed(?: \| [\d:]+ left)?$"
+    printed = [(int(step), float(percent)) for step, percent in re.findall(step_line, stdout, re.M)]
+    assert printed == [(step, 5.0 * (step + 1)) for step in range(20)]
     assert stdout.count(" left") == 19 and re.search(r"^finished: 10,240 tokens in [\d:]+$", stdout, re.M)
     about = json.loads((out / "run.json").read_text())
     assert (
@@ -814,9 +814,10 @@ def test_clock(monkeypatch, capsys):
     now = iter([0.0, 100.0, 101.0, 1000.0])
     monkeypatch.setattr(runlog.time, "monotonic", lambda: next(now))
     clock = runlog.Clock(1001)
-    assert clock.time_left(0) == "" and clock.time_left(1) == "16:39 left"
+    assert clock.progress(0) == "0.1% done | 1:40 elapsed"
+    assert clock.progress(1) == "0.2% done | 1:41 elapsed | 16:39 left"
     clock.last_step = 10**6
-    assert "days" in clock.time_left(100) and "the run takes 104 days" in capsys.readouterr().err
+    assert "days" in clock.progress(100) and "the run takes 104 days" in capsys.readouterr().err
 
 
 def test_too_little_memory_for_a_step(text_shards, tmp_path, monkeypatch, capsys):
