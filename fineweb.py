@@ -368,8 +368,11 @@ def write_manifest(out_dir: Path, manifest: dict, stale: dict | None = None) -> 
         file.write((json.dumps(listed, indent=2) + "\n").encode())
 
 
-def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) -> None:
-    """Write the next shard, (n,) uint16, and add it to the manifest with its end in the source. Raises UserError."""
+def write_shard(out_dir: Path, manifest: dict, quiet: bool, tokens: np.ndarray, end: dict) -> None:
+    """Write the next shard, (n,) uint16, and add it to the manifest with its end in the source. Raises UserError.
+
+    Prints a line, unless quiet.
+    """
     index, node = len(manifest["shards"]), manifest["node"]
     split = "train" if index or node else "val"
     part = f"node{node:03d}_" if manifest["nodes"] > 1 else ""
@@ -383,7 +386,7 @@ def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) ->
         entry = shard_entry(tokens, manifest["vocab_size"], header.getvalue(), tokens)
         manifest["shards"][name] = entry | {"end": end}
         write_manifest(out_dir, manifest)
-    if not sys.stderr.isatty():  # then there is no progress bar
+    if not quiet and not sys.stderr.isatty():  # on a terminal there is a progress bar
         print(f"{name}  {tokens.size:,} tokens", flush=True)
 
 
@@ -396,7 +399,7 @@ def shard_entry(tokens: np.ndarray, vocab_size: int, *contents) -> dict:
     return {"tokens": tokens.size, "documents": documents, "sha256": digest.hexdigest()}
 
 
-def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: float) -> None:
+def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: float, quiet: bool) -> None:
     """Cut the stream of tokens into shards, write them and fill in the manifest. max_tokens may be infinite.
 
     `arrays` are the tokens of the tasks, starting with the task in which the manifest's last shard ends. The tokens
@@ -415,7 +418,7 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
                 if filled == shard.size:  # a full shard is written only when more tokens follow, for training
                     if writing:
                         writing.result()
-                    writing = writer.submit(write_shard, out_dir, manifest, shard, end)
+                    writing = writer.submit(write_shard, out_dir, manifest, quiet, shard, end)
                     shard, filled = np.empty_like(shard), 0
                 size = min(tokens.size - taken, shard.size - filled, left)
                 shard[filled : filled + size] = tokens[taken : taken + size]
@@ -431,7 +434,7 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
         reason = f"{manifest['source']} has only {filled:,} tokens, and all of them fit into the validation shard"
         raise UserError(f"{reason}: lower --shard_tokens, for example to {filled // 20 + 1}")
     if filled:
-        write_shard(out_dir, manifest, shard[:filled], end)
+        write_shard(out_dir, manifest, quiet, shard[:filled], end)
 
 
 def next_position(manifest: dict) -> dict:
@@ -511,12 +514,14 @@ def prepare(
     node: int = 0,
     nodes: int = 1,
     text_column: str = TEXT,
+    quiet: bool = False,
 ) -> dict:
     """Tokenize documents into shards for train_gpt2.py, and return this node's manifest.
 
     The arguments are the flags of the command. An earlier run with the same settings is continued. Node `node` of
     `nodes` takes every `nodes`-th task and writes its own shards and manifest into `out_dir`. Together they are one
-    corpus, and the first shard of node 0 is for validation. Raises UserError.
+    corpus, and the first shard of node 0 is for validation. quiet: print only the last line, with the sums. Raises
+    UserError.
     """
     start, out_dir, vocab_size = time.time(), Path(out_dir), get_encoding(encoding).n_vocab
     if shard_tokens < 1:
@@ -540,7 +545,7 @@ def prepare(
         share = math.inf if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
         if done < share:
             arrays = encode_all(tasks, encoding, workers or count_cores())
-            write_shards(continued_arrays(arrays, out_dir, manifest, stale), out_dir, manifest, share)
+            write_shards(continued_arrays(arrays, out_dir, manifest, stale), out_dir, manifest, share, quiet)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
     if node == 0:  # every node reads the whole list of tasks, so all nodes count the same

@@ -1170,7 +1170,7 @@ def run(arguments):
         return train(model_config, replace(config, hellaswag_file="none"), runtime)
     with common.locked(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
         if runtime.rank == 0 and demo_lacks_shards(config):
-            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
+            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1, quiet=True)
         if runtime.rank == 0 and config.source:
             fineweb.prepare_small(config.source, config.data_dir, config.encoding, config.resume, config.overwrite)
         distributed.barrier()  # the others wait for the shards

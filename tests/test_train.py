@@ -788,6 +788,19 @@ def test_own_text_from_scratch(tmp_path, shared_data, capsys):
     assert read_log(tmp_path / "out" / "log.txt")["train"][0] == [*range(11)]
 
 
+def test_the_demo_makes_its_shards_in_one_line(tmp_path, capsys):
+    """Forty-nine lines would hide what a newcomer should read. fineweb.py names each shard that it has written."""
+    flags = "--preset demo --n_layer 1 --n_embd 32 --warmup_steps 0 --max_steps 1 --val_tokens 128 --sample_interval 0"
+    train_gpt2.main([*flags.split(), "--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "out")])
+    shards = fineweb.list_shards(tmp_path / "data")
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert re.search(rf"tokens, [\d,]+ documents, {len(shards)} shards in ", first) and len(shards) > 20
+    assert second.startswith("model: ")
+    fineweb.prepare("stdlib", tmp_path / "few", "bytes", shard_tokens=100_000, max_tokens=250_000, workers=1)
+    names = [path.name for path in fineweb.list_shards(tmp_path / "few")]
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]) == names
+
+
 def test_dry_run_writes_nothing(text_shards, tmp_path, capsys):
     """It checks the flags and prints the plan, also that of a run to continue."""
     flags = [*map(str, [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path / "out"])]
