@@ -556,11 +556,12 @@ def prepare(
     return manifest
 
 
-def prepare_small(source: str, out_dir: Path, encoding: str, resume: bool = False, overwrite: bool = False) -> dict:
+def prepare_small(source: str, out_dir: Path, encoding: str, seq_len: int, resume: bool, overwrite: bool) -> dict:
     """Tokenize a corpus with a tenth of it for validation, at most SHARD_TOKENS, and return the manifest.
 
     Another call with the same corpus uses the shards again. resume: use finished shards of this source even if it has
-    changed since, or is gone. overwrite: replace shards of another corpus, which otherwise raise UserError.
+    changed since, or is gone. overwrite: replace shards of another corpus, which otherwise raise UserError. Raises
+    UserError, before anything is written, if validation would have fewer than seq_len + 1 tokens.
     """
     out_dir = Path(out_dir)
     before = read_manifest(out_dir)
@@ -571,17 +572,22 @@ def prepare_small(source: str, out_dir: Path, encoding: str, resume: bool = Fals
     is_same = (before["source"], before["revision"], before["encoding"]) == (source, revision, encoding)
     if files and not is_same and not overwrite:
         raise UserError(f"{out_dir} has shards of another text: give --overwrite to replace them, or another --out_dir")
-    if not is_same:
-        for path in files:
-            path.unlink()
-    elif before["finished"]:
-        return prepare(source, out_dir, encoding, before["shard_tokens"], workers=1)
-    tokens = 0
-    for array in encode_all(tasks, encoding, workers=1):
-        tokens += len(array)
-        if tokens >= 10 * SHARD_TOKENS:
-            break
-    return prepare(source, out_dir, encoding, max(1, min(SHARD_TOKENS, tokens // 10)), workers=1)
+    if is_same and before["finished"]:
+        shard_tokens = before["shard_tokens"]
+    else:
+        tokens = 0
+        for array in encode_all(tasks, encoding, workers=1):
+            tokens += len(array)
+            if tokens >= 10 * SHARD_TOKENS:
+                break
+        shard_tokens = min(SHARD_TOKENS, tokens // 10)
+    if shard_tokens <= seq_len:
+        reason = f"a tenth of --source {source} is for validation, {shard_tokens:,} tokens"
+        fix = f"give {10 * (seq_len + 1):,} tokens of text or more, or a smaller --seq_len"
+        raise UserError(f"{reason}, and this is too short for one sequence of --seq_len {seq_len}: {fix}")
+    for path in () if is_same else files:
+        path.unlink()
+    return prepare(source, out_dir, encoding, shard_tokens, workers=1)
 
 
 def count_cores() -> int:

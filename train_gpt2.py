@@ -967,9 +967,8 @@ def train_step_that_fits(step, training, config, runtime):
 
 def open_output(training, config, runtime, damaged, resumed_step):
     """Prepare the output folder and the tracker. Return whether the log contains the resumed step's evaluation."""
-    resumed = resumed_step is not None
-    checkpoints.prepare_out_dir(config.out_dir, damaged, resumed, config.overwrite)
-    evaluated = resumed and runlog.cut_log(training.log.path, resumed_step)
+    checkpoints.prepare_out_dir(config.out_dir, damaged, resumed_step is not None, config.overwrite)
+    evaluated = resumed_step is not None and runlog.cut_log(training.log.path, resumed_step)
     flags = {**asdict(training.raw_model.config), **asdict(config)}
     training.log.describe(flags, runlog.device_name(runtime.device), runtime.world_size)
     if config.tracker != "none":
@@ -1172,7 +1171,8 @@ def run(arguments):
         if runtime.rank == 0 and demo_lacks_shards(config):
             fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1, quiet=True)
         if runtime.rank == 0 and config.source:
-            fineweb.prepare_small(config.source, config.data_dir, config.encoding, config.resume, config.overwrite)
+            text = config.source, config.data_dir, config.encoding, config.seq_len
+            fineweb.prepare_small(*text, config.resume, config.overwrite)
         distributed.barrier()  # the others wait for the shards
         train(model_config, resolve_lengths(model_config, config, runtime), runtime)
 

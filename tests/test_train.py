@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from helpers import save_model
+from helpers import error_lines, save_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -786,6 +786,25 @@ def test_own_text_from_scratch(tmp_path, shared_data, capsys):
     train_gpt2.main([*flags.split(), "--source", str(tmp_path / "my.txt"), "--out_dir", str(tmp_path / "out")])
     assert fineweb.read_manifest(tmp_path / "out" / "data")["source"].endswith("my.txt")
     assert read_log(tmp_path / "out" / "log.txt")["train"][0] == [*range(11)]
+
+
+def test_own_text_that_is_too_short(tmp_path, capsys):
+    """The error gives the length that is needed, and leaves no shards that a longer text would have to overwrite."""
+    text, out = tmp_path / "my.txt", tmp_path / "out"
+    flags = "--preset demo --encoding bytes --n_layer 1 --n_embd 32 --epochs 0 --max_steps 1 --warmup_steps 0".split()
+    flags += ["--source", str(text), "--out_dir", str(out)]
+    text.write_text("a" * 1288)  # with <|endoftext|> a token less than 10 sequences of 128 tokens and their targets
+    lines = error_lines(capsys, *flags)
+    assert lines == [
+        f"error: a tenth of --source {text} is for validation, 128 tokens, and this is too short for one sequence of "
+        "--seq_len 128: give 1,290 tokens of text or more, or a smaller --seq_len"
+    ]
+    assert not (out / "data").exists()
+    text.write_text("a" * 1289)
+    train_gpt2.main(flags)
+    assert read_log(out / "log.txt")["val"][0] == [0, 1]
+    longer = [*flags, "--block_size", 256, "--seq_len", 256, "--total_batch_tokens", 1024, "--overwrite"]
+    assert "give 2,570 tokens" in error_lines(capsys, *longer)[0]  # also with the shards that exist
 
 
 def test_the_demo_makes_its_shards_in_one_line(tmp_path, capsys):
