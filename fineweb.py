@@ -44,7 +44,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from support.common import UserError, atomic_write, exit_on_error, lfs_message, locked, one_line, tolerant_output
+from support.common import UserError, atomic_write, cli, exit_on_error, lfs_message, locked, one_line, tolerant_output
 from support.sources import MANIFEST_NAME, Tally, Task, hub_dataset, open_source, read_texts
 from support.texts import SPACES, Rest
 
@@ -766,11 +766,9 @@ def command(
 
 def main() -> None:
     """Run the command line. Exit codes: 2 for a user error, 130 for Ctrl-C."""
-    import tyro
-
     with tolerant_output(), exit_on_error():
         try:
-            tyro.cli(command, use_underscores=True)
+            cli(command)
         except OSError as error:  # a source that cannot be read is a UserError, so this is the output folder
             raise UserError(f"{error}: check --out_dir") from error
         except MemoryError as error:

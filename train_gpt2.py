@@ -5,7 +5,7 @@ Train a GPT-2 from scratch: one file, to be read from top to bottom.
     python train_gpt2.py                                      GPT-2 124M on one GPU (first: python fineweb.py)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run with the same batches, on eight GPUs
     python train_gpt2.py --resume                             continue an interrupted run, or start if there is none
-    python train_gpt2.py --help                               all flags
+    python train_gpt2.py --help                               all flags; --version: git revision, Python and torch
 
 In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
 Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
@@ -1135,9 +1135,7 @@ def parse_command_line(arguments):
         return model, training
 
     description = f"{inspect.cleandoc(__doc__).partition('The file follows')[0]}\nPresets: {', '.join(PRESETS)}"
-    model_config, config = tyro.cli(
-        configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    model_config, config = common.cli(configs, arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     override = tuple(name.replace("-", "_") for name in config.override)
     config = replace(config, override=override, prompt=tokenizer.plain_prompt(config.prompt))
     given = common.given_flags(arguments)

@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.common import UserError, atomic_write, one_line, quoted, warn
+from support.common import UserError, atomic_write, git_revision, one_line, quoted, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
 # of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
@@ -66,12 +65,7 @@ class Log:
 
     def describe(self, flags, device, world_size):
         """Write OUT/run.json: what this run was started with. (config.json would make the folder look like a model.)"""
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        try:
-            revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            revision = ""
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "revision": revision or "unknown"}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "revision": git_revision()}
         about = {"flags": flags, "device": device, "processes": world_size, **versions}
         try:
             with atomic_write(self.path.with_name("run.json"), "free some disk space") as file:

@@ -2,7 +2,9 @@
 
 import ast
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +45,26 @@ def test_importing_does_nothing(module, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py", "sample.py"])
+def test_version(script, tmp_path):
+    """A report of a problem needs it. It also works in a copy without git, and it creates nothing."""
+    folders = ROOT, tmp_path / "copy"
+    shutil.copytree(ROOT / "support", folders[1] / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folders[1])
+    files, environment = sorted(folders[1].rglob("*")), os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    git = ["git", "-C", ROOT, "describe", "--always"]
+    own = subprocess.check_output(git, text=True).strip() if (ROOT / ".git").exists() else "unknown"
+    for folder, revision in zip(folders, (own, "unknown")):
+        command = [sys.executable, folder / script, "--version"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.replace("-dirty", "") == (
+            f"revision {revision}, Python {platform.python_version()}, torch {torch.__version__}\n"
+        )
+    assert sorted(folders[1].rglob("*")) == files
 
 
 def test_the_code_is_short():
