@@ -131,7 +131,8 @@ class TrainConfig:
     max_new_tokens: int = flag(24, "free", above=0)  # tokens to generate after the prompt (lecture)
     sample_seed: int = flag(42, "free")  # seed of the samples, which have their own random generator (lecture)
     hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: no HellaSwag score
-    tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # also send log.txt's values to this package
+    # also send log.txt's values to this package; tensorboard writes files into out_dir/tensorboard
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = flag("none", "free")
     dry_run: bool = flag(False, "free")  # check everything, print the plan and write nothing
 
 
@@ -972,7 +973,7 @@ def open_output(training, config, runtime, damaged, resumed_step):
     flags = {**asdict(training.raw_model.config), **asdict(config)}
     training.log.describe(flags, runlog.device_name(runtime.device), runtime.world_size)
     if config.tracker != "none":
-        training.log.start_tracker(config.tracker, flags)
+        training.log.start_tracker(config.tracker, flags, resumed_step or 0)
     return evaluated
 
 

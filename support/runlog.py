@@ -29,6 +29,40 @@ REFERENCES = {
 WEEK = 7 * 24 * 3600  # seconds
 
 
+class TensorBoard:
+    """TensorBoard's writer with the functions of wandb. Its files are in OUT/tensorboard.
+
+    step: the first of this run. TensorBoard hides what an earlier run has written from there on, but log.txt may have
+    kept the evaluation of this step, so it is written again.
+    """
+
+    __name__ = "tensorboard"
+
+    def __init__(self, log_path, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.step, self.writer = step, SummaryWriter(log_path.with_name("tensorboard"), purge_step=step)
+        for stream, points in read_log(log_path).items() if log_path.exists() else ():
+            for at, value in zip(*points):
+                if at >= step:
+                    self.log({stream: value}, at)
+
+    def init(self, config, **_):
+        """Write the flags of this run."""
+        text = "".join(f"    {name}: {value}\n" for name, value in config.items())  # in Markdown, indented is verbatim
+        self.writer.add_text("flags", text, self.step)
+
+    def log(self, values, step):
+        """Write a step's values. They are flushed, because a run that is killed continues after its last checkpoint."""
+        for stream, value in values.items():
+            self.writer.add_scalar(stream, value, step)
+        self.writer.flush()
+
+    def finish(self):
+        """Close the file."""
+        self.writer.close()
+
+
 class Log:
     """Append to OUT/log.txt, one `step stream value` per line (build-nanogpt's format), and to a tracker.
 
@@ -39,8 +73,10 @@ class Log:
         self.path = Path(out_dir) / "log.txt"
         self.unwritten, self.warned, self.tracker = b"", False, None
 
-    def start_tracker(self, name, settings):
-        """Send the values to the package `name`, too. OUT/tracker_id lets a resumed run continue the same record."""
+    def start_tracker(self, name, settings, step=0):
+        """Send the values from `step` on to the package `name`, too. OUT/tracker_id lets a resumed run continue the
+        same record.
+        """
         id_file = self.path.with_name("tracker_id")
         if not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
@@ -49,7 +85,8 @@ class Log:
         if name == "wandb":
             options["id"] = identifier  # trackio identifies a run by its name
         try:
-            self.tracker = importlib.import_module(name)
+            is_tensorboard = name == "tensorboard"
+            self.tracker = TensorBoard(self.path, step) if is_tensorboard else importlib.import_module(name)
         except Exception as error:  # an installed package can fail in many ways while it is imported
             warn(f"training continues without {name}: {one_line(error)}")
         self._track("init", project="gpt2", config=settings, **options)

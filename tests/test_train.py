@@ -649,6 +649,31 @@ def test_tracker_has_the_log(tracker, text_shards, run_script, tmp_path):
         shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_000020")
 
 
+def test_tensorboard_has_the_log(text_shards, tmp_path):
+    """Its own reader finds each value of log.txt once, in order: also of a resumed run, and of one that starts over.
+
+    The steps after the checkpoint are repeated, but not its evaluation, which TensorBoard would hide with them.
+    """
+    pytest.importorskip("tensorboard", reason="tensorboard is optional: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*map(str, [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--tracker", "tensorboard"])]
+    starts = []
+    for more, files in ([], 1), (["--resume"], 2), (["--overwrite", "--max_steps", "15"], 1):
+        train_gpt2.main([*flags, *more])
+        assert len(list(tmp_path.glob("tensorboard/*"))) == files
+        events, log = EventAccumulator(str(tmp_path / "tensorboard")).Reload(), read_log(tmp_path / "log.txt")
+        assert sorted(events.Tags()["scalars"]) == sorted(log) and log["val"][0][0] == 0
+        for stream, (steps, values) in log.items():
+            found = events.Scalars(stream)
+            assert [event.step for event in found] == steps, (more, stream)
+            assert [event.value for event in found] == pytest.approx(values, rel=1e-6)
+        assert b"max_steps: " in events.Tensors("flags/text_summary")[-1].tensor_proto.string_val[0]
+        starts.append(events.Scalars("train")[0].wall_time)
+        shutil.rmtree(tmp_path / "checkpoints" / "step_000020", ignore_errors=True)
+    assert starts[0] == starts[1] < starts[2]
+
+
 @pytest.fixture(scope="session")
 def hellaswag_rows(shared_data, tmp_path_factory):
     """Forty real rows."""
