@@ -59,7 +59,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 124M."""
+    """The shape of a model. Without --preset it is GPT-2 124M."""
 
     block_size: int = flag(1024, above=0)  # positions: the longest sequence that the model can read (GPT-2)
     vocab_size: tyro.conf.Suppress[int] = flag(50257, "free")  # true size, given by the data; the last is <|endoftext|>
@@ -77,23 +77,23 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. The defaults are the lecture's recipe, with numbers of the GPT-3 paper (table 2.1, appendix B)."""
+    """A run. Without --preset it is the lecture's, with numbers of the GPT-3 paper (table 2.1, appendix B)."""
 
     preset: str = flag("gpt2", "free")  # the set of defaults that the other flags override
     data_dir: str = flag(str(fineweb.DATA_DIR), "free")  # token shards, from fineweb.py or published .bin files
-    source: str | None = flag(None, "free")  # instead of data_dir: make shards of this text, as fineweb.py, in out_dir
-    encoding: Literal["gpt2", "bytes"] = flag("gpt2", "free")  # of the shards of --source
+    source: str | None = flag(None, "free")  # train on this text: a file, folder or Hub dataset, instead of data_dir
+    encoding: Literal["gpt2", "bytes"] = flag("gpt2", "free")  # how --source becomes tokens: GPT-2's, or one per byte
     out_dir: str = flag(str(HERE / "log"), "free")  # folder to write: log.txt, curve.png and checkpoints/
     init_from: str | None = flag(None, "named")  # start from this Hugging Face name, model folder or output folder
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
-    override: tuple[str, ...] = flag((), "free")  # names of flags whose change is allowed when resuming: max_steps lr
+    override: tuple[str, ...] = flag((), "free")  # flags that may change when resuming, for example: max_steps lr
     seed: int = flag(1337, "named")  # seed of the initialization, the shuffle and dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
-    epochs: float = flag(0.0, "free", at_least=0)  # passes over the text, instead of max_steps; ten evaluations each
+    epochs: float = flag(0.0, "free", at_least=0)  # passes over the text, ten evaluations each; 0: max_steps counts
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, over all processes (GPT-3: 0.5M)
-    batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows linearly to its full size
+    batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows to its full size; 0: none
     batch_ramp_from: int = flag(32768, "named", above=0)  # tokens of the first update, with --batch_ramp_steps (GPT-3)
     # sequences computed at once by a process; auto: as many as fit, up to 65536 tokens on a GPU, 4096 elsewhere
     micro_batch: int | Literal["auto"] = flag("auto", "free", above=0)
@@ -105,16 +105,16 @@ class TrainConfig:
     schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3: cosine)
     min_lr_ratio: float = flag(0.1, "named")  # final learning rate, as a share of the peak (GPT-3: 0.1)
     warmup_steps: int = flag(715, "named", at_least=0)  # updates in which the learning rate rises (GPT-3: 375M tokens)
-    weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
+    weight_decay: float = flag(0.1, "named", at_least=0)  # weight decay of matrices and embeddings only (GPT-3)
     grad_clip: float = flag(1.0, "named", at_least=0)  # scale a larger gradient down to this norm; 0: never (GPT-3)
     betas: tuple[float, float] = flag((0.9, 0.95), "named")  # decay rates of AdamW's two moving averages (GPT-3)
     eps: float = flag(1e-8, "named", above=0)  # epsilon of AdamW (GPT-3)
-    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many in a row with a loss that is not finite
+    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many updates in a row without a finite loss
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # auto: cuda, else mps, else cpu
-    # precision of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # compute here; auto: cuda, else mps, else cpu
+    # precision of matrix products; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "free")
-    compile: Literal["auto", "on", "off"] = flag("auto", "free")  # torch.compile; auto: if it works, except on mps
+    compile: Literal["auto", "on", "off"] = flag("auto", "free")  # use torch.compile; auto: if it works, except on mps
     fsdp: bool = flag(False, "free")  # each process keeps a share of weights, gradients and optimizer state (FSDP2)
     activation_checkpointing: bool = flag(False, "free")  # compute each block twice: less memory, more time
 
@@ -130,7 +130,7 @@ class TrainConfig:
     num_samples: int = flag(4, "free", above=0)  # samples each time (lecture)
     max_new_tokens: int = flag(24, "free", above=0)  # tokens to generate after the prompt (lecture)
     sample_seed: int = flag(42, "free")  # seed of the samples, which have their own random generator (lecture)
-    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: no HellaSwag score
+    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # HellaSwag's rows, downloaded if missing; none: no score
     # also send log.txt's values to this package; tensorboard writes files into out_dir/tensorboard
     tracker: Literal["none", "wandb", "trackio", "tensorboard"] = flag("none", "free")
     dry_run: bool = flag(False, "free")  # check everything, print the plan and write nothing
@@ -1135,7 +1135,8 @@ def parse_command_line(arguments):
     def configs(model: GPTConfig = model_defaults, training: TrainConfig = training_defaults):
         return model, training
 
-    description = f"{inspect.cleandoc(__doc__).partition('The file follows')[0]}\nPresets: {', '.join(PRESETS)}"
+    presets = f"Presets: {', '.join(PRESETS)}. The defaults below are those of {preset}."
+    description = f"{inspect.cleandoc(__doc__).partition('The file follows')[0]}\n{presets}"
     model_config, config = common.cli(configs, arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     override = tuple(name.replace("-", "_") for name in config.override)
     config = replace(config, override=override, prompt=tokenizer.plain_prompt(config.prompt))

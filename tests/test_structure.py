@@ -90,6 +90,17 @@ def test_every_flag_has_a_help_text():
     assert not bare and len(flags) > 40
 
 
+def test_help_has_the_defaults_of_the_preset(monkeypatch, capsys):
+    """The demo's learning rate differs from GPT-2's, so the help must show the one that a run would take."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for flags, preset, lr in ([], "gpt2", "0.0006"), (["--preset", "demo"], "demo", "0.014"):
+        with pytest.raises(SystemExit) as end:
+            train_gpt2.main([*flags, "--help"])
+        text = capsys.readouterr().out
+        assert end.value.code == 0 and f"The defaults below are those of {preset}." in text
+        assert f"peak learning rate (GPT-3) (default: {lr})" in text
+
+
 def test_range_errors():
     from dataclasses import dataclass
 
