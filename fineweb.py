@@ -44,7 +44,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from support.common import UserError, atomic_write, exit_on_error, lfs_message, locked, one_line, tolerant_output
+from support.common import UserError, atomic_write, cli, exit_on_error, lfs_message, locked, one_line, tolerant_output
 from support.sources import MANIFEST_NAME, Tally, Task, hub_dataset, open_source, read_texts
 from support.texts import SPACES, Rest
 
@@ -368,8 +368,11 @@ def write_manifest(out_dir: Path, manifest: dict, stale: dict | None = None) -> 
         file.write((json.dumps(listed, indent=2) + "\n").encode())
 
 
-def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) -> None:
-    """Write the next shard, (n,) uint16, and add it to the manifest with its end in the source. Raises UserError."""
+def write_shard(out_dir: Path, manifest: dict, quiet: bool, tokens: np.ndarray, end: dict) -> None:
+    """Write the next shard, (n,) uint16, and add it to the manifest with its end in the source. Raises UserError.
+
+    Prints a line, unless quiet.
+    """
     index, node = len(manifest["shards"]), manifest["node"]
     split = "train" if index or node else "val"
     part = f"node{node:03d}_" if manifest["nodes"] > 1 else ""
@@ -383,7 +386,7 @@ def write_shard(out_dir: Path, manifest: dict, tokens: np.ndarray, end: dict) ->
         entry = shard_entry(tokens, manifest["vocab_size"], header.getvalue(), tokens)
         manifest["shards"][name] = entry | {"end": end}
         write_manifest(out_dir, manifest)
-    if not sys.stderr.isatty():  # then there is no progress bar
+    if not quiet and not sys.stderr.isatty():  # on a terminal there is a progress bar
         print(f"{name}  {tokens.size:,} tokens", flush=True)
 
 
@@ -396,7 +399,7 @@ def shard_entry(tokens: np.ndarray, vocab_size: int, *contents) -> dict:
     return {"tokens": tokens.size, "documents": documents, "sha256": digest.hexdigest()}
 
 
-def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: float) -> None:
+def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, max_tokens: float, quiet: bool) -> None:
     """Cut the stream of tokens into shards, write them and fill in the manifest. max_tokens may be infinite.
 
     `arrays` are the tokens of the tasks, starting with the task in which the manifest's last shard ends. The tokens
@@ -415,7 +418,7 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
                 if filled == shard.size:  # a full shard is written only when more tokens follow, for training
                     if writing:
                         writing.result()
-                    writing = writer.submit(write_shard, out_dir, manifest, shard, end)
+                    writing = writer.submit(write_shard, out_dir, manifest, quiet, shard, end)
                     shard, filled = np.empty_like(shard), 0
                 size = min(tokens.size - taken, shard.size - filled, left)
                 shard[filled : filled + size] = tokens[taken : taken + size]
@@ -431,7 +434,7 @@ def write_shards(arrays: Iterable[np.ndarray], out_dir: Path, manifest: dict, ma
         reason = f"{manifest['source']} has only {filled:,} tokens, and all of them fit into the validation shard"
         raise UserError(f"{reason}: lower --shard_tokens, for example to {filled // 20 + 1}")
     if filled:
-        write_shard(out_dir, manifest, shard[:filled], end)
+        write_shard(out_dir, manifest, quiet, shard[:filled], end)
 
 
 def next_position(manifest: dict) -> dict:
@@ -511,12 +514,14 @@ def prepare(
     node: int = 0,
     nodes: int = 1,
     text_column: str = TEXT,
+    quiet: bool = False,
 ) -> dict:
     """Tokenize documents into shards for train_gpt2.py, and return this node's manifest.
 
     The arguments are the flags of the command. An earlier run with the same settings is continued. Node `node` of
     `nodes` takes every `nodes`-th task and writes its own shards and manifest into `out_dir`. Together they are one
-    corpus, and the first shard of node 0 is for validation. Raises UserError.
+    corpus, and the first shard of node 0 is for validation. quiet: print only the last line, with the sums. Raises
+    UserError.
     """
     start, out_dir, vocab_size = time.time(), Path(out_dir), get_encoding(encoding).n_vocab
     if shard_tokens < 1:
@@ -540,7 +545,7 @@ def prepare(
         share = math.inf if max_tokens is None else max_tokens // nodes + (node < max_tokens % nodes)
         if done < share:
             arrays = encode_all(tasks, encoding, workers or count_cores())
-            write_shards(continued_arrays(arrays, out_dir, manifest, stale), out_dir, manifest, share)
+            write_shards(continued_arrays(arrays, out_dir, manifest, stale), out_dir, manifest, share, quiet)
         manifest["finished"] = True
         write_manifest(out_dir, manifest)
     if node == 0:  # every node reads the whole list of tasks, so all nodes count the same
@@ -551,11 +556,12 @@ def prepare(
     return manifest
 
 
-def prepare_small(source: str, out_dir: Path, encoding: str, resume: bool = False, overwrite: bool = False) -> dict:
+def prepare_small(source: str, out_dir: Path, encoding: str, seq_len: int, resume: bool, overwrite: bool) -> dict:
     """Tokenize a corpus with a tenth of it for validation, at most SHARD_TOKENS, and return the manifest.
 
     Another call with the same corpus uses the shards again. resume: use finished shards of this source even if it has
-    changed since, or is gone. overwrite: replace shards of another corpus, which otherwise raise UserError.
+    changed since, or is gone. overwrite: replace shards of another corpus, which otherwise raise UserError. Raises
+    UserError, before anything is written, if validation would have fewer than seq_len + 1 tokens.
     """
     out_dir = Path(out_dir)
     before = read_manifest(out_dir)
@@ -566,17 +572,22 @@ def prepare_small(source: str, out_dir: Path, encoding: str, resume: bool = Fals
     is_same = (before["source"], before["revision"], before["encoding"]) == (source, revision, encoding)
     if files and not is_same and not overwrite:
         raise UserError(f"{out_dir} has shards of another text: give --overwrite to replace them, or another --out_dir")
-    if not is_same:
-        for path in files:
-            path.unlink()
-    elif before["finished"]:
-        return prepare(source, out_dir, encoding, before["shard_tokens"], workers=1)
-    tokens = 0
-    for array in encode_all(tasks, encoding, workers=1):
-        tokens += len(array)
-        if tokens >= 10 * SHARD_TOKENS:
-            break
-    return prepare(source, out_dir, encoding, max(1, min(SHARD_TOKENS, tokens // 10)), workers=1)
+    if is_same and before["finished"]:
+        shard_tokens = before["shard_tokens"]
+    else:
+        tokens = 0
+        for array in encode_all(tasks, encoding, workers=1):
+            tokens += len(array)
+            if tokens >= 10 * SHARD_TOKENS:
+                break
+        shard_tokens = min(SHARD_TOKENS, tokens // 10)
+    if shard_tokens <= seq_len:
+        reason = f"a tenth of --source {source} is for validation, {shard_tokens:,} tokens"
+        fix = f"give {10 * (seq_len + 1):,} tokens of text or more, or a smaller --seq_len"
+        raise UserError(f"{reason}, and this is too short for one sequence of --seq_len {seq_len}: {fix}")
+    for path in () if is_same else files:
+        path.unlink()
+    return prepare(source, out_dir, encoding, shard_tokens, workers=1)
 
 
 def count_cores() -> int:
@@ -755,11 +766,9 @@ def command(
 
 def main() -> None:
     """Run the command line. Exit codes: 2 for a user error, 130 for Ctrl-C."""
-    import tyro
-
     with tolerant_output(), exit_on_error():
         try:
-            tyro.cli(command, use_underscores=True)
+            cli(command)
         except OSError as error:  # a source that cannot be read is a UserError, so this is the output folder
             raise UserError(f"{error}: check --out_dir") from error
         except MemoryError as error:

@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.checkpoints import newest_checkpoint, open_gpt2
-from support.common import UserError, exit_on_error, lfs_message, one_line, pick_device, tolerant_output
+from support.common import UserError, cli, exit_on_error, lfs_message, one_line, pick_device, tolerant_output
 from support.tokenizer import load_tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -419,10 +419,8 @@ def command(
 
 def main() -> None:
     """Run the command line. The exit code is 2 for a user error and 130 for Ctrl-C."""
-    import tyro
-
     with tolerant_output(), exit_on_error():
-        tyro.cli(command, use_underscores=True)
+        cli(command)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from fineweb import END_OF_TEXT
 from support.checkpoints import newest_checkpoint
-from support.common import UserError, exit_on_error, pick_device, pick_dtype
+from support.common import UserError, cli, exit_on_error, pick_device, pick_dtype
 from support.generation import prepare
 from support.tokenizer import GrowingText, load_tokenizer, read_prompt
 from train_gpt2 import GPT, TrainConfig
@@ -121,11 +121,9 @@ def show(ids: torch.Tensor, stream: Iterator[torch.Tensor], decode: Callable, en
 
 def main() -> None:
     """Run the command line. The exit code is 2 for a user error and 130 for Ctrl-C."""
-    import tyro
-
     with exit_on_error():
         try:
-            tyro.cli(command, use_underscores=True)
+            cli(command)
             sys.stdout.flush()
         except torch.OutOfMemoryError:  # before RuntimeError, which it is, too
             raise UserError("the GPU memory is too small: give fewer --num_samples, or --device cpu") from None

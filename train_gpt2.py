@@ -5,7 +5,7 @@ Train a GPT-2 from scratch: one file, to be read from top to bottom.
     python train_gpt2.py                                      GPT-2 124M on one GPU (first: python fineweb.py)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run with the same batches, on eight GPUs
     python train_gpt2.py --resume                             continue an interrupted run, or start if there is none
-    python train_gpt2.py --help                               all flags
+    python train_gpt2.py --help                               all flags; --version: git revision, Python and torch
 
 In a notebook: from train_gpt2 import GPT, GPTConfig. Importing this file only defines things.
 Exit codes: 2 for a user error, which stderr explains; 75 for a run that a signal stopped and --resume can continue.
@@ -59,7 +59,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 124M."""
+    """The shape of a model. Without --preset it is GPT-2 124M."""
 
     block_size: int = flag(1024, above=0)  # positions: the longest sequence that the model can read (GPT-2)
     vocab_size: tyro.conf.Suppress[int] = flag(50257, "free")  # true size, given by the data; the last is <|endoftext|>
@@ -77,23 +77,23 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run. The defaults are the lecture's recipe, with numbers of the GPT-3 paper (table 2.1, appendix B)."""
+    """A run. Without --preset it is the lecture's, with numbers of the GPT-3 paper (table 2.1, appendix B)."""
 
     preset: str = flag("gpt2", "free")  # the set of defaults that the other flags override
     data_dir: str = flag(str(fineweb.DATA_DIR), "free")  # token shards, from fineweb.py or published .bin files
-    source: str | None = flag(None, "free")  # instead of data_dir: make shards of this text, as fineweb.py, in out_dir
-    encoding: Literal["gpt2", "bytes"] = flag("gpt2", "free")  # of the shards of --source
+    source: str | None = flag(None, "free")  # train on this text: a file, folder or Hub dataset, instead of data_dir
+    encoding: Literal["gpt2", "bytes"] = flag("gpt2", "free")  # how --source becomes tokens: GPT-2's, or one per byte
     out_dir: str = flag(str(HERE / "log"), "free")  # folder to write: log.txt, curve.png and checkpoints/
     init_from: str | None = flag(None, "named")  # start from this Hugging Face name, model folder or output folder
     resume: bool = flag(False, "free")  # continue from the newest checkpoint in out_dir, or start if there is none
     overwrite: bool = flag(False, "free")  # delete the run in out_dir and start again
-    override: tuple[str, ...] = flag((), "free")  # names of flags whose change is allowed when resuming: max_steps lr
-    seed: int = flag(1337, "named", at_least=0, at_most=2**32 - 1)  # of initialization, shuffle, dropout (lecture)
+    override: tuple[str, ...] = flag((), "free")  # flags that may change when resuming, for example: max_steps lr
+    seed: int = flag(1337, "named", at_least=0, at_most=2**32 - 1)  # seed of weights, shuffle and dropout (lecture)
 
     max_steps: int = flag(19073, "named", at_least=0)  # number of updates (lecture: 10B tokens)
-    epochs: float = flag(0.0, "free", at_least=0)  # passes over the text, instead of max_steps; ten evaluations each
+    epochs: float = flag(0.0, "free", at_least=0)  # passes over the text, ten evaluations each; 0: max_steps counts
     total_batch_tokens: int = flag(524288, "named", above=0)  # tokens per update, over all processes (GPT-3: 0.5M)
-    batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows linearly to its full size
+    batch_ramp_steps: int = flag(0, "named", at_least=0)  # updates in which the batch grows to its full size; 0: none
     batch_ramp_from: int = flag(32768, "named", above=0)  # tokens of the first update, with --batch_ramp_steps (GPT-3)
     # sequences computed at once by a process; auto: as many as fit, up to 65536 tokens on a GPU, 4096 elsewhere
     micro_batch: int | Literal["auto"] = flag("auto", "free", above=0)
@@ -105,16 +105,16 @@ class TrainConfig:
     schedule: Literal["cosine", "linear"] = flag("cosine", "named")  # how the learning rate falls (GPT-3: cosine)
     min_lr_ratio: float = flag(0.1, "named", at_least=0, at_most=1)  # final learning rate / peak (GPT-3: 0.1)
     warmup_steps: int = flag(715, "named", at_least=0)  # updates in which the learning rate rises (GPT-3: 375M tokens)
-    weight_decay: float = flag(0.1, "named", at_least=0)  # of matrices and embeddings, not of vectors (GPT-3)
+    weight_decay: float = flag(0.1, "named", at_least=0)  # weight decay of matrices and embeddings only (GPT-3)
     grad_clip: float = flag(1.0, "named", at_least=0)  # scale a larger gradient down to this norm; 0: never (GPT-3)
     betas: tuple[float, float] = flag((0.9, 0.95), "named")  # decay rates of AdamW's two moving averages (GPT-3)
     eps: float = flag(1e-8, "named", above=0)  # epsilon of AdamW (GPT-3)
-    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many in a row with a loss that is not finite
+    max_skipped_steps: int = flag(20, "free", above=0)  # end after this many updates in a row without a finite loss
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # auto: cuda, else mps, else cpu
-    # precision of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "free")  # compute here; auto: cuda, else mps, else cpu
+    # precision of matrix products; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "free")
-    compile: Literal["auto", "on", "off"] = flag("auto", "free")  # torch.compile; auto: if it works, except on mps
+    compile: Literal["auto", "on", "off"] = flag("auto", "free")  # use torch.compile; auto: if it works, except on mps
     fsdp: bool = flag(False, "free")  # each process keeps a share of weights, gradients and optimizer state (FSDP2)
     activation_checkpointing: bool = flag(False, "free")  # compute each block twice: less memory, more time
 
@@ -130,8 +130,9 @@ class TrainConfig:
     num_samples: int = flag(4, "free", above=0)  # samples each time (lecture)
     max_new_tokens: int = flag(24, "free", above=0)  # tokens to generate after the prompt (lecture)
     sample_seed: int = flag(42, "free", at_least=0)  # seed of the random generator of the samples (lecture)
-    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # downloaded if missing; none: no HellaSwag score
-    tracker: Literal["none", "wandb", "trackio"] = flag("none", "free")  # also send log.txt's values to this package
+    hellaswag_file: str = flag(str(hellaswag.FILE), "free")  # HellaSwag's rows, downloaded if missing; none: no score
+    # also send log.txt's values to this package; tensorboard writes files into out_dir/tensorboard
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = flag("none", "free")
     dry_run: bool = flag(False, "free")  # check everything, print the plan and write nothing
 
 
@@ -971,13 +972,12 @@ def train_step_that_fits(step, training, config, runtime):
 
 def open_output(training, config, runtime, damaged, resumed_step):
     """Prepare the output folder and the tracker. Return whether the log contains the resumed step's evaluation."""
-    resumed = resumed_step is not None
-    checkpoints.prepare_out_dir(config.out_dir, damaged, resumed, config.overwrite)
-    evaluated = resumed and runlog.cut_log(training.log.path, resumed_step)
+    checkpoints.prepare_out_dir(config.out_dir, damaged, resumed_step is not None, config.overwrite)
+    evaluated = resumed_step is not None and runlog.cut_log(training.log.path, resumed_step)
     flags = {**asdict(training.raw_model.config), **asdict(config)}
     training.log.describe(flags, hardware.device_name(runtime.device), runtime.world_size)
     if config.tracker != "none":
-        training.log.start_tracker(config.tracker, flags)
+        training.log.start_tracker(config.tracker, flags, resumed_step or 0)
     return evaluated
 
 
@@ -994,13 +994,13 @@ def save(step, skipped, training, config, runtime, writer):
 def report_step(step, loss, norm, skipped, seconds, training, config, runtime):
     """Print and log one update, or that it was skipped."""
     lr, tokens = get_lr(step, config), batch_tokens(step, config)
-    tok_s, left = tokens / seconds, training.clock.time_left(step) if runtime.rank == 0 else ""
+    tok_s, progress = tokens / seconds, training.clock.progress(step) if runtime.rank == 0 else ""
     if runtime.rank == 0:
         rare = ({"skipped": skipped} if skipped else {}) | ({"tokens": tokens} if config.batch_ramp_steps else {})
         training.log.write(step, train=loss, lr=lr, norm=norm, tok_s=tok_s, **rare)
     if step % config.log_interval == 0 or skipped:
         flops = hardware.flops_per_token(training.raw_model.config, config.seq_len) * tok_s / runtime.world_size
-        about = hardware.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", left
+        about = hardware.mfu(flops, runtime.device), f"update skipped, {skipped} in a row" if skipped else "", progress
         line = f"step {step:5d} | loss: {loss:.6f} | lr: {lr:.4e} | norm: {norm:.4f} | dt: {seconds * 1000:.2f}ms | "
         runtime.print0(" | ".join(filter(None, (f"{line}tok/s: {tok_s:,.0f}", *about))))
 
@@ -1135,10 +1135,9 @@ def parse_command_line(arguments):
     def configs(model: GPTConfig = model_defaults, training: TrainConfig = training_defaults):
         return model, training
 
-    description = f"{inspect.cleandoc(__doc__).partition('The file follows')[0]}\nPresets: {', '.join(PRESETS)}"
-    model_config, config = tyro.cli(
-        configs, args=arguments, description=description, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    presets = f"Presets: {', '.join(PRESETS)}. The defaults below are those of {preset}."
+    description = f"{inspect.cleandoc(__doc__).partition('The file follows')[0]}\n{presets}"
+    model_config, config = common.cli(configs, arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
     override = tuple(name.replace("-", "_") for name in config.override)
     config = replace(config, override=override, prompt=tokenizer.plain_prompt(config.prompt))
     given = common.given_flags(arguments)
@@ -1170,9 +1169,10 @@ def run(arguments):
         return train(model_config, replace(config, hellaswag_file="none"), runtime)
     with common.locked(Path(config.out_dir, ".lock")) if runtime.rank == 0 else nullcontext():
         if runtime.rank == 0 and demo_lacks_shards(config):
-            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1)
+            fineweb.prepare("stdlib", config.data_dir, "bytes", shard_tokens=DEMO_SHARD_TOKENS, workers=1, quiet=True)
         if runtime.rank == 0 and config.source:
-            fineweb.prepare_small(config.source, config.data_dir, config.encoding, config.resume, config.overwrite)
+            text = config.source, config.data_dir, config.encoding, config.seq_len
+            fineweb.prepare_small(*text, config.resume, config.overwrite)
         distributed.barrier()  # the others wait for the shards
         train(model_config, resolve_lengths(model_config, config, runtime), runtime)
 

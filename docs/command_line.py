@@ -28,7 +28,7 @@ RESUME = {"free": "yes", "named": "with `--override`", "fixed": "no"}
 HEAD = """# Command line
 
 This page is generated from the code by `python docs/command_line.py`. Do not edit it. `python SCRIPT --help` prints
-the same.
+the same, and `--version` prints the git revision and the versions of Python and torch.
 
 Flags are spelled with `_` or `-`. A flag that is on or off is given as `--flag` or `--no_flag`. Exit codes: 0 for
 success, 2 for a user error, which stderr explains, 75 for a training run that a signal stopped and `--resume` can
@@ -76,11 +76,11 @@ def flags(script: str) -> set[str]:
     if script == "train_gpt2.py":
         own = [field for config in CONFIGS for field in fields(config) if is_public(field)]
         names = {field.name for field in own}
-        return names | {f"no_{field.name}" for field in own if isinstance(field.default, bool)} | {"help"}
+        return names | {f"no_{field.name}" for field in own if isinstance(field.default, bool)} | {"help", "version"}
     if script in COMMANDS:
         parameters = inspect.signature(COMMANDS[script]).parameters.values()
         names = {parameter.name for parameter in parameters}
-        return names | {f"no_{p.name}" for p in parameters if isinstance(p.default, bool)} | {"help"}
+        return names | {f"no_{p.name}" for p in parameters if isinstance(p.default, bool)} | {"help", "version"}
     source = (ROOT / script).read_text() + (ROOT / "benchmarks" / "measure.py").read_text()
     return set(re.findall(r'add_argument\("--(\w+)"', source)) | {"check", "help"}
 

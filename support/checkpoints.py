@@ -351,8 +351,8 @@ def out_dir_errors(out_dir, resume, overwrite, init_from):
 def prepare_out_dir(out_dir, damaged, resumed, overwrite):
     """Remove unfinished saves from an output folder, rename damaged checkpoints, and delete a run to overwrite.
 
-    Only checkpoints, log.txt, curve.png and tracker_id are touched. Raises UserError if another run has appeared, or if
-    the file system cannot do what saving a checkpoint needs.
+    Only checkpoints, log.txt, curve.png, tracker_id and TensorBoard's files are touched. Raises UserError if another
+    run has appeared, or if the file system cannot do what saving a checkpoint needs.
     """
     out_dir = Path(out_dir)
     for unfinished in out_dir.glob("checkpoints/.step_*"):
@@ -377,5 +377,6 @@ def prepare_out_dir(out_dir, damaged, resumed, overwrite):
         if not overwrite:
             raise UserError(f"{folder} was created after this run started: start this run again")
         delete_checkpoint(folder)
-    for name in ("log.txt", "curve.png", "tracker_id"):
-        (out_dir / name).unlink(missing_ok=True)
+    names = ("log.txt", "curve.png", "tracker_id")
+    for path in (*(out_dir / name for name in names), *out_dir.glob("tensorboard/events.out.tfevents.*")):
+        path.unlink(missing_ok=True)

@@ -1,11 +1,14 @@
 """What every program here needs: user errors, exit codes, flags, device and precision, atomic writes, the lock."""
 
 import errno
+import importlib.metadata
 import io
 import math
 import os
+import platform
 import re
 import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -125,6 +128,31 @@ def flag(default, resume="fixed", above=None, at_least=None, at_most=None):
     """
     bounds = {"above": above, "at_least": at_least, "at_most": at_most}
     return field(default=default, metadata={"resume": resume, **bounds})
+
+
+def cli(function, arguments: list[str] | None = None, **options):
+    """Call a function with the flags that tyro makes of its parameters, and return its result. For --version, print one
+    line instead and exit.
+
+    arguments: those of the program by default. options: of tyro.cli.
+    """
+    import tyro  # takes a while, and a script that is imported does not need it
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--version" in arguments:
+        torch = importlib.metadata.version("torch")  # importing it takes seconds
+        print(f"revision {git_revision()}, Python {platform.python_version()}, torch {torch}")
+        sys.exit()
+    return tyro.cli(function, args=arguments, use_underscores=True, **options)
+
+
+def git_revision() -> str:
+    """Return the git revision of this project, with "-dirty" if files are changed, or "unknown" without git."""
+    git = ["git", "--no-optional-locks", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def given_flags(arguments: list[str]) -> set[str]:

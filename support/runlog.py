@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.common import UserError, atomic_write, exit_on_error, one_line, quoted, warn
+from support.common import UserError, atomic_write, exit_on_error, git_revision, one_line, quoted, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
 # of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
@@ -37,6 +36,40 @@ CHECKED = {"gpt2": ("gpt2", "fineweb-edu"), "demo": ("bytes", "stdlib")}
 WEEK = 7 * 24 * 3600  # seconds
 
 
+class TensorBoard:
+    """TensorBoard's writer with the functions of wandb. Its files are in OUT/tensorboard.
+
+    step: the first of this run. TensorBoard hides what an earlier run has written from there on, but log.txt may have
+    kept the evaluation of this step, so it is written again.
+    """
+
+    __name__ = "tensorboard"
+
+    def __init__(self, log_path, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.step, self.writer = step, SummaryWriter(log_path.with_name("tensorboard"), purge_step=step)
+        for stream, points in read_log(log_path).items() if log_path.exists() else ():
+            for at, value in zip(*points):
+                if at >= step:
+                    self.log({stream: value}, at)
+
+    def init(self, config, **_):
+        """Write the flags of this run."""
+        text = "".join(f"    {name}: {value}\n" for name, value in config.items())  # in Markdown, indented is verbatim
+        self.writer.add_text("flags", text, self.step)
+
+    def log(self, values, step):
+        """Write a step's values. They are flushed, because a run that is killed continues after its last checkpoint."""
+        for stream, value in values.items():
+            self.writer.add_scalar(stream, value, step)
+        self.writer.flush()
+
+    def finish(self):
+        """Close the file."""
+        self.writer.close()
+
+
 class Log:
     """Append to OUT/log.txt, one `step stream value` per line (build-nanogpt's format), and to a tracker.
 
@@ -47,8 +80,10 @@ class Log:
         self.path = Path(out_dir) / "log.txt"
         self.unwritten, self.warned, self.tracker = b"", False, None
 
-    def start_tracker(self, name, settings):
-        """Send the values to the package `name`, too. OUT/tracker_id lets a resumed run continue the same record."""
+    def start_tracker(self, name, settings, step=0):
+        """Send the values from `step` on to the package `name`, too. OUT/tracker_id lets a resumed run continue the
+        same record.
+        """
         id_file = self.path.with_name("tracker_id")
         if not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
@@ -57,7 +92,8 @@ class Log:
         if name == "wandb":
             options["id"] = identifier  # trackio identifies a run by its name
         try:
-            self.tracker = importlib.import_module(name)
+            is_tensorboard = name == "tensorboard"
+            self.tracker = TensorBoard(self.path, step) if is_tensorboard else importlib.import_module(name)
         except Exception as error:  # an installed package can fail in many ways while it is imported
             warn(f"training continues without {name}: {one_line(error)}")
         self._track("init", project="gpt2", config=settings, **options)
@@ -73,12 +109,7 @@ class Log:
 
     def describe(self, flags, device, world_size):
         """Write OUT/run.json: what this run was started with. (config.json would make the folder look like a model.)"""
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        try:
-            revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            revision = ""
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "revision": revision or "unknown"}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "revision": git_revision()}
         about = {"flags": flags, "device": device, "processes": world_size, **versions}
         try:
             with atomic_write(self.path.with_name("run.json"), "free some disk space") as file:
@@ -115,19 +146,24 @@ class Clock:
     def __init__(self, last_step):
         self.last_step, self.start, self.first, self.warned = last_step, time.monotonic(), None, False
 
-    def time_left(self, step):
-        """Return the time after this update until the end, such as "3:12:05 left", or "" after the first."""
+    def progress(self, step):
+        """Return what is done after this update, such as "1.3% done | 0:42 elapsed | 3:12:05 left".
+
+        After the first update, the time that is left is not known yet. A resumed run's time starts when it is resumed.
+        """
+        now = time.monotonic()
+        done = f"{(step + 1) / self.last_step:.1%} done | {duration(now - self.start)} elapsed"
         if self.first is None:
-            self.first = step, time.monotonic()
-            return ""
+            self.first = step, now
+            return done
         first_step, start = self.first
-        seconds = (time.monotonic() - start) / (step - first_step) * (self.last_step - 1 - step)
+        seconds = (now - start) / (step - first_step) * (self.last_step - 1 - step)
         if seconds > WEEK and step - first_step >= 10 and not self.warned:
             self.warned = True
             warn(
                 f"at this speed the run takes {seconds / 86400:.0f} days: --preset demo or fewer --max_steps take less"
             )
-        return f"{duration(seconds)} left"
+        return f"{done} | {duration(seconds)} left"
 
 
 def duration(seconds):

@@ -402,7 +402,7 @@ def test_a_folder_without_a_model_is_named(tmp_path, data, tiny, main):
     the_error(ended, f"--init_from {tmp_path / 'empty'}", "checkpoints/step_NNNNNN", stdout=None)
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, data, tiny, main, monkeypatch, tracker, folder):
     """It is optional: who asks for it is told at the start what to install, even beside the folder of an old run."""

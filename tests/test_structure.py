@@ -2,7 +2,9 @@
 
 import ast
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -46,6 +48,26 @@ def test_importing_does_nothing(module, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py", "sample.py"])
+def test_version(script, tmp_path):
+    """A report of a problem needs it. It also works in a copy without git, and it creates nothing."""
+    folders = ROOT, tmp_path / "copy"
+    shutil.copytree(ROOT / "support", folders[1] / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folders[1])
+    files, environment = sorted(folders[1].rglob("*")), os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    git = ["git", "-C", ROOT, "describe", "--always"]
+    own = subprocess.check_output(git, text=True).strip() if (ROOT / ".git").exists() else "unknown"
+    for folder, revision in zip(folders, (own, "unknown")):
+        command = [sys.executable, folder / script, "--version"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.replace("-dirty", "") == (
+            f"revision {revision}, Python {platform.python_version()}, torch {torch.__version__}\n"
+        )
+    assert sorted(folders[1].rglob("*")) == files
+
+
 def test_the_code_is_short():
     """It is read in one evening."""
     assert len((ROOT / "train_gpt2.py").read_text().splitlines()) <= 1200
@@ -67,6 +89,17 @@ def test_every_flag_has_a_help_text():
     flags = [i for i, line in enumerate(lines) if re.match(r"    \w+: .* = flag\(", line)]
     bare = [lines[i] for i in flags if "  # " not in lines[i] and not lines[i - 1].startswith("    # ")]
     assert not bare and len(flags) > 40
+
+
+def test_help_has_the_defaults_of_the_preset(monkeypatch, capsys):
+    """The demo's learning rate differs from GPT-2's, so the help must show the one that a run would take."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for flags, preset, lr in ([], "gpt2", "0.0006"), (["--preset", "demo"], "demo", "0.014"):
+        with pytest.raises(SystemExit) as end:
+            train_gpt2.main([*flags, "--help"])
+        text = capsys.readouterr().out
+        assert end.value.code == 0 and f"The defaults below are those of {preset}." in text
+        assert f"peak learning rate (GPT-3) (default: {lr})" in text
 
 
 def test_range_errors():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from helpers import save_model
+from helpers import error_lines, save_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -373,10 +373,10 @@ def test_log_and_curve(small_run):
     assert log["val"][0] == [0, 10, 20]
     assert abs(log["val"][1][0] - math.log(50257)) < 0.1 and log["val"][1][-1] < log["val"][1][0] - 1
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    step_line = (
-        r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+(?: \| [\d:]+ left)?$"
-    )
-    assert [int(step) for step in re.findall(step_line, stdout, re.M)] == list(range(20))
+    step_line = r"^step +(\d+) \| loss: [\d.]+ \| lr: \S+ \| norm: \S+ \| dt: [\d.]+ms \| tok/s: [\d,]+"
+    step_line += r" \| ([\d.]+)% done \| [\d:]+ elapsed(?: \| [\d:]+ left)?$"
+    printed = [(int(step), float(percent)) for step, percent in re.findall(step_line, stdout, re.M)]
+    assert printed == [(step, 5.0 * (step + 1)) for step in range(20)]
     assert stdout.count(" left") == 19 and re.search(r"^finished: 10,240 tokens in [\d:]+$", stdout, re.M)
     about = json.loads((out / "run.json").read_text())
     assert (
@@ -650,6 +650,31 @@ def test_tracker_has_the_log(tracker, text_shards, run_script, tmp_path):
         shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_000020")
 
 
+def test_tensorboard_has_the_log(text_shards, tmp_path):
+    """Its own reader finds each value of log.txt once, in order: also of a resumed run, and of one that starts over.
+
+    The steps after the checkpoint are repeated, but not its evaluation, which TensorBoard would hide with them.
+    """
+    pytest.importorskip("tensorboard", reason="tensorboard is optional: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*map(str, [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path, "--tracker", "tensorboard"])]
+    starts = []
+    for more, files in ([], 1), (["--resume"], 2), (["--overwrite", "--max_steps", "15"], 1):
+        train_gpt2.main([*flags, *more])
+        assert len(list(tmp_path.glob("tensorboard/*"))) == files
+        events, log = EventAccumulator(str(tmp_path / "tensorboard")).Reload(), read_log(tmp_path / "log.txt")
+        assert sorted(events.Tags()["scalars"]) == sorted(log) and log["val"][0][0] == 0
+        for stream, (steps, values) in log.items():
+            found = events.Scalars(stream)
+            assert [event.step for event in found] == steps, (more, stream)
+            assert [event.value for event in found] == pytest.approx(values, rel=1e-6)
+        assert b"max_steps: " in events.Tensors("flags/text_summary")[-1].tensor_proto.string_val[0]
+        starts.append(events.Scalars("train")[0].wall_time)
+        shutil.rmtree(tmp_path / "checkpoints" / "step_000020", ignore_errors=True)
+    assert starts[0] == starts[1] < starts[2]
+
+
 @pytest.fixture(scope="session")
 def hellaswag_rows(shared_data, tmp_path_factory):
     """Forty real rows."""
@@ -789,6 +814,38 @@ def test_own_text_from_scratch(tmp_path, shared_data, capsys):
     assert read_log(tmp_path / "out" / "log.txt")["train"][0] == [*range(11)]
 
 
+def test_own_text_that_is_too_short(tmp_path, capsys):
+    """The error gives the length that is needed, and leaves no shards that a longer text would have to overwrite."""
+    text, out = tmp_path / "my.txt", tmp_path / "out"
+    flags = "--preset demo --encoding bytes --n_layer 1 --n_embd 32 --epochs 0 --max_steps 1 --warmup_steps 0".split()
+    flags += ["--source", str(text), "--out_dir", str(out)]
+    text.write_text("a" * 1288)  # with <|endoftext|> a token less than 10 sequences of 128 tokens and their targets
+    lines = error_lines(capsys, *flags)
+    assert lines == [
+        f"error: a tenth of --source {text} is for validation, 128 tokens, and this is too short for one sequence of "
+        "--seq_len 128: give 1,290 tokens of text or more, or a smaller --seq_len"
+    ]
+    assert not (out / "data").exists()
+    text.write_text("a" * 1289)
+    train_gpt2.main(flags)
+    assert read_log(out / "log.txt")["val"][0] == [0, 1]
+    longer = [*flags, "--block_size", 256, "--seq_len", 256, "--total_batch_tokens", 1024, "--overwrite"]
+    assert "give 2,570 tokens" in error_lines(capsys, *longer)[0]  # also with the shards that exist
+
+
+def test_the_demo_makes_its_shards_in_one_line(tmp_path, capsys):
+    """Forty-nine lines would hide what a newcomer should read. fineweb.py names each shard that it has written."""
+    flags = "--preset demo --n_layer 1 --n_embd 32 --warmup_steps 0 --max_steps 1 --val_tokens 128 --sample_interval 0"
+    train_gpt2.main([*flags.split(), "--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "out")])
+    shards = fineweb.list_shards(tmp_path / "data")
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert re.search(rf"tokens, [\d,]+ documents, {len(shards)} shards in ", first) and len(shards) > 20
+    assert second.startswith("model: ")
+    fineweb.prepare("stdlib", tmp_path / "few", "bytes", shard_tokens=100_000, max_tokens=250_000, workers=1)
+    names = [path.name for path in fineweb.list_shards(tmp_path / "few")]
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]) == names
+
+
 def test_dry_run_writes_nothing(text_shards, tmp_path, capsys):
     """It checks the flags and prints the plan, also that of a run to continue."""
     flags = [*map(str, [*SMALL, "--data_dir", text_shards, "--out_dir", tmp_path / "out"])]
@@ -815,9 +872,10 @@ def test_clock(monkeypatch, capsys):
     now = iter([0.0, 100.0, 101.0, 1000.0])
     monkeypatch.setattr(runlog.time, "monotonic", lambda: next(now))
     clock = runlog.Clock(1001)
-    assert clock.time_left(0) == "" and clock.time_left(1) == "16:39 left"
+    assert clock.progress(0) == "0.1% done | 1:40 elapsed"
+    assert clock.progress(1) == "0.2% done | 1:41 elapsed | 16:39 left"
     clock.last_step = 10**6
-    assert "days" in clock.time_left(100) and "the run takes 104 days" in capsys.readouterr().err
+    assert "days" in clock.progress(100) and "the run takes 104 days" in capsys.readouterr().err
 
 
 def test_too_little_memory_for_a_step(text_shards, tmp_path, monkeypatch, capsys):
