@@ -81,7 +81,7 @@ class Axis(NamedTuple):
     low: int
     high: int
     start: dict  # {optimizer: coordinate}
-    whole: bool = False  # whether there is nothing between two steps
+    is_choice: bool = False  # three coordinates without an order, each of which is tried
 
 
 def same(coordinate):
@@ -97,7 +97,7 @@ AXES = {  # in the order of the search
     "lr": Axis(lambda u: 0.004 * 2**u, -6, 6, same(0)),
     "warmup": Axis(lambda u: min(0.5, 0.04 * 2.5**u), -2, 3, same(0)),  # share of the steps
     "beta2": Axis(lambda u: 1 - 0.05 * 50 ** (-u / 4), 0, 4, same(0)),  # 0.95 … 0.999, at the search's batch
-    "schedule": Axis(lambda u: list(SCHEDULES)[int(u)], 0, 2, same(0), whole=True),
+    "schedule": Axis(lambda u: list(SCHEDULES)[int(u)], 0, 2, same(0), is_choice=True),
     "factor": Axis(lambda u: 3.0**u, -3, 3, same(0)),  # on the learning rate of embeddings (Muon: of all but matrices)
     "weight_decay": Axis(decay_at, 0, 4, same(2)),  # 0, 0.03, 0.1, 0.3, 1
     "momentum": Axis(lambda u: 1 - 0.1 * 2**-u, -1, 3, {"adamw": 0, "muon": 1}),  # AdamW's beta1; 0.9, and Muon's 0.95
@@ -201,11 +201,9 @@ def search(optimizer, plan):
     while len(losses) < plan.search_runs:
         before = here
         for name, axis in AXES.items():
-            for change in (step, -step):
-                while True:
+            for change in (1, 2, -1, -2) if axis.is_choice else (step, -step):
+                while axis.low <= here[name] + change <= axis.high:
                     there = here | {name: here[name] + change}
-                    if not axis.low <= there[name] <= axis.high or (axis.whole and there[name] % 1):
-                        break
                     loss = yield from loss_at(there)
                     if not loss < best:
                         break
