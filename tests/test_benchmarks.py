@@ -543,12 +543,12 @@ def test_recipes(main, tmp_path, one_thread):
     assert recipes.train(after[0]["run"], recipes.TINY_PLAN, data_dir) == after[0]["val"]
 
 
-def test_runs_on_another_text_are_refused(main, tmp_path):
+def test_runs_on_another_text_are_refused(main, tmp_path, one_thread):
     """Losses on different texts must not be compared."""
     run = recipes.advance(recipes.search("adamw", recipes.TINY_PLAN), {})[1][0]
     recipes.add_record(tmp_path / "ladder.jsonl", run, 1.0, text="another")
-    code, _, stderr = main(recipes, ["--tiny", "--out_dir", tmp_path])
-    assert code == 2 and "runs on another text (another)" in stderr
+    with pytest.raises(UserError, match=r"runs on another text \(another\)"):
+        main(recipes, ["--tiny", "--out_dir", tmp_path])
 
 
 @pytest.mark.parametrize("name, beta1", [("gpt2-fast", 0.95), ("gpt2", 0.9)])
