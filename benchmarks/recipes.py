@@ -62,7 +62,7 @@ NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 SEARCH_SEED, FIRST_SEED = 1, 2
 SHARES = [4 ** (-k / 3) for k in range(5)]  # of AdamW's tokens, for Muon: 1, 0.63, 0.40, 0.25, 0.16
 SIGNIFICANT = 0.01
-PUBLISHED = {"modded-nanogpt, track 3": (124e6, 0.657), "Wen et al. 2025": (130e6, 1 / 1.4)}  # docs/recipe.md
+PUBLISHED = {"modded-nanogpt, track 3": (124e6, 0.657), "arXiv 2509.02046": (130e6, 1 / 1.4)}  # docs/recipe.md
 COLUMNS = {
     "part": ("part", ""), "parameters": ("parameters", ","), "tokens per parameter": ("tokens_per_parameter", "g"),
     "batch": ("batch", ","), "learning rates": ("rates", ""), "AdamW's loss": ("adamw", ""),
@@ -562,12 +562,12 @@ def ratio_entry(comparison):
             "batch": point.batch, "mean": mean, "low": low, "high": high, "n": len(comparison.ratios)}  # fmt: skip
 
 
-def make_row(point, comparison, base, missing):
+def make_row(point, comparison, base):
     """Return a row of the table. comparison: None if runs are missing. base: the Comparison of the first row."""
     row = {"part": point.part, "parameters": point.parameters, "tokens_per_parameter": point.per_parameter}
     row["batch"] = point.batch
     if comparison is None:
-        return row | {"ratio": "not run yet", "missing": missing}
+        return row | {"ratio": "not run yet"}
     rates = (f"{name} {comparison.settings[name].lr:.4g}" for name in ("adamw", "muon"))
     entry, smallest = ratio_entry(comparison), at_most(comparison)
     row |= {"rates": ", ".join(rates), "adamw": show(comparison.adamw), "losses": comparison.adamw}
@@ -592,7 +592,9 @@ def search_facts(plan, losses):
         best, _ = advance(search(optimizer, plan), losses)
         name = f"search of {optimizer}"
         if best is None:
-            facts[name] = "not finished"
+            done = [run for run in losses if run.settings.optimizer == optimizer]
+            done = [run for run in done if run == point.run(run.settings, SEARCH_SEED)]
+            facts[name] = f"not finished: {len(done)} of {plan.search_runs} runs"
             continue
         values = ", ".join(f"{key} {value}" for key, value in asdict(best).items() if key != "optimizer")
         loss = losses[point.run(best, SEARCH_SEED)]
@@ -633,8 +635,7 @@ def report(plan, args):
     losses = {record["run"]: record["val"] for record in records}
     results = [advance(compare(point, plan), losses) for point in plan.points]
     done = [comparison for comparison, _ in results if comparison]
-    rows = [make_row(point, comparison, results[0][0], len(missing))
-            for point, (comparison, missing) in zip(plan.points, results)]  # fmt: skip
+    rows = [make_row(point, comparison, results[0][0]) for point, (comparison, _) in zip(plan.points, results)]
     hours = [sum(record[key] for record in records) / 3600 for key in ("cpu_seconds", "seconds")]
     about = describe() | {
         "rule": "docs/recipe.md, a fair comparison; a difference is significant if Welch's test gives p < 0.01",

@@ -522,6 +522,7 @@ def test_recipes(main, tmp_path, one_thread):
     result = read_report(tmp_path, "ladder", stdout)
     assert code == 0 and result["ratios"] == [] and {row["ratio"] for row in result["rows"]} == {"not run yet"}
     before = recipes.read_records(records)
+    assert result["search of adamw"].startswith("4 runs of 3,072 tokens; best ") and len(before) == 9
     process = start()
     code, stdout, _ = main(recipes, command[1:])
     assert code == 0 and process.wait() == 0
