@@ -265,22 +265,25 @@ def markdown(title, about, rows, columns):
     return "\n".join(lines) + "\n"
 
 
-def compact_json(about, rows):
-    """Return {**about, "rows": rows} as JSON with one line per fact and per row."""
-    facts = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in about.items()]
-    lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    return "{\n" + ",\n".join([*facts, f'"rows": [\n  {lines}\n]']) + "\n}\n"
+def compact_json(about, lists):
+    """Return {**about, **lists} as JSON with one line per fact, and per element of a list."""
+    parts = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in about.items()]
+    for key, rows in lists.items():
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        parts.append(f"{json.dumps(key)}: [\n  {lines}\n]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def write_report(args, title, about, rows, columns, figure=None):
+def write_report(args, title, about, rows, columns, figure=None, lists=None):
     """Print a table, and write NAME.md, NAME.json and, if there is a figure, NAME.png.
 
     about: {name: fact} for the head. columns: {heading: (key of a row, its format)}; a value that a row lacks is n/a.
+    lists: {name: list} that only the JSON contains.
     """
     text = markdown(title, about, rows, columns)
     print(text)
     (args.out_dir / f"{args.name}.md").write_text(text)
-    (args.out_dir / f"{args.name}.json").write_text(compact_json(about, rows))
+    (args.out_dir / f"{args.name}.json").write_text(compact_json(about, (lists or {}) | {"rows": rows}))
     if figure:
         figure.savefig(args.out_dir / f"{args.name}.png", dpi=120)
 

@@ -151,7 +151,7 @@ def main():
         text += "\n#" + markdown(title, {}, *table).replace("\n\n\n", "\n\n")
     print(text)
     (args.out_dir / f"{args.name}.md").write_text(text)
-    (args.out_dir / f"{args.name}.json").write_text(compact_json(about, steps + by_batch))
+    (args.out_dir / f"{args.name}.json").write_text(compact_json(about, {"rows": steps + by_batch}))
 
 
 if __name__ == "__main__":

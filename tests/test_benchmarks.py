@@ -9,6 +9,8 @@ import math
 import os
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,7 @@ import train_gpt2
 from support.common import UserError
 from support.runlog import read_log
 
+OPTIMIZERS = ("adamw", "muon")
 PADDING = math.log(384 / 257)  # at the start, the demo's loss is higher by this if padding ids take part in it
 
 # These stand in for build-nanogpt's scripts. Each has the strings and functions that its benchmark relies on.
@@ -369,32 +372,234 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
+def bowl(run):
+    """Return a made-up loss: best at certain hyperparameters, falling with tokens, faster with Muon."""
+    s, speed = run.settings, 2 if run.settings.optimizer == "muon" else 1
+    loss = (math.log2(s.lr / 0.016) / 9) ** 2 + (math.log(s.warmup / 0.1) / 9) ** 2 + 3 * abs(s.beta2 - 0.98)
+    loss += (math.log(s.factor / 3) / 9) ** 2 + abs(s.weight_decay - 0.3) / 9 + abs(s.momentum - 0.9)
+    return loss + (s.schedule != "linear to 0") / 9 - 0.1 * math.log(speed * run.tokens) + run.seed / 1000
+
+
+def do_all(task, losses):
+    """Do a task's runs with the losses of the bowl, one at a time, and return its result."""
+    while True:
+        result, missing = recipes.advance(task(), losses)
+        if not missing:
+            return result
+        losses[missing[0]] = bowl(missing[0])
+
+
+def test_both_searches_have_the_same_effort():
+    """27 runs each, from the same start except for the momentum, within the same limits. Both find the best values."""
+    runs, best = {}, {}
+    for optimizer in ("adamw", "muon"):
+        runs[optimizer] = {}
+        best[optimizer] = do_all(lambda name=optimizer: recipes.search(name, recipes.PLAN), runs[optimizer])
+    assert len(runs["adamw"]) == len(runs["muon"]) == 27
+    starts = [next(iter(of_one)).settings for of_one in runs.values()]
+    assert starts[0] == recipes.replace(starts[1], optimizer="adamw", momentum=0.9) and starts[1].momentum == 0.95
+    for optimizer, of_one in runs.items():
+        for run in of_one:
+            assert (run.seed, run.tokens, run.batch, run.settings.optimizer) == (1, 1_572_864, 2048, optimizer)
+            assert 0.95 <= run.settings.beta2 <= 0.999 and 0 <= run.settings.weight_decay <= 1
+        s = best[optimizer]
+        assert (s.lr, s.warmup, s.schedule, s.factor, s.momentum) == (0.016, 0.1, "linear to 0", 3, 0.9)
+        assert 0.97 < s.beta2 < 0.99 and s.weight_decay == 0.3162
+
+
+def test_a_point_is_confirmed_with_fresh_seeds():
+    """Shares are added until they enclose AdamW's loss. The ratio is that of the bowl. No seed is used twice."""
+    point = recipes.Point("C", 3, 192, 4, seeds=2, shares=(recipes.SHARES[0],))
+    losses, plan = {}, recipes.Plan((recipes.PLAN.points[0], point))
+    result = do_all(lambda: recipes.compare(point, plan), losses)
+    assert list(result.muon) == sorted(recipes.SHARES[:3]) and result.ratios == pytest.approx([0.5, 0.5], rel=2e-3)
+    own = [run for run in losses if run.n_embd == 192]
+    assert {run.seed for run in own} == {1, 2, 3}
+    searches = {name: [run for run in own if run.seed == 1 and run.settings.optimizer == name] for name in OPTIMIZERS}
+    assert [len(runs) for runs in searches.values()] == [3, 3]  # the bowl is the same, so the first guess is the best
+    assert {run.tokens for run in searches["adamw"]} == {5_308_416} == {2 * run.tokens for run in searches["muon"]}
+    assert sum(run.tokens == 5_308_416 and run.seed > 1 for run in own) == 4
+    far = recipes.Point("B", 2, 128, 4, 2048 * 64)  # its first guess is 8 times the best: two more runs each
+    tuned, rates = do_all(lambda: recipes.tune_lr(result.settings["adamw"], far, 1.0, 2048), {})
+    assert len(rates) == 5 and tuned.lr == min(rates) == 0.016 and tuned.beta2 == pytest.approx(0.98**64, abs=0.08)
+
+
+def test_welch():
+    """p is that of closed forms: freedom 1, 2 and 4. Unequal variances give fewer degrees of freedom."""
+    for t in (0.1, 1.0, 2.776445, 8.0):
+        assert recipes.student_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-6)
+        assert recipes.student_p(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
+    assert recipes.student_p(3.169273, 10) == pytest.approx(0.01, rel=1e-5)  # a table's
+    assert recipes.student_quantile(0.95, 4) == pytest.approx(2.776445, abs=1e-5)
+    assert recipes.welch([1, 2, 3], [2, 3, 4]) == pytest.approx(0.287864, abs=1e-5)  # t = -1.2247, freedom 4
+    assert recipes.welch([1, 1, 1], [2, 4]) == pytest.approx(1 - 2 / math.pi * math.atan(2))  # freedom 1, pooled: 3
+    assert recipes.welch([1], [2, 4]) == recipes.welch([1, math.inf], [2, 4]) == 1
+    assert recipes.welch([1, 1], [1, 1]) == 1 and recipes.welch([1, 1], [2, 2]) == 0
+
+
+def test_intervals_and_claims():
+    """The interval is Student's for the logarithm. A claim ends at the first share that is not significantly lower."""
+    mean, low, high = recipes.mean_interval([math.exp(-0.6), math.exp(-0.5), math.exp(-0.4)])
+    reach = 4.302653 * 0.1 / 3**0.5
+    assert [mean, low, high] == pytest.approx([math.exp(-0.5 + change) for change in (0, -reach, reach)])
+    assert recipes.mean_interval([0.5]) == (0.5, None, None)
+    assert recipes.mean_interval([0.5, math.inf]) == (None, None, None)
+    adamw, lower, alike = [1.0, 1.01, 0.99], [0.8, 0.81, 0.79], [0.98, 0.99, 1.0]
+
+    def claim(muon):
+        return recipes.at_most(recipes.Comparison(None, {}, {}, adamw, muon, []))
+
+    assert claim({0.4: alike, 0.63: lower, 1.0: lower}) == 0.63 and claim({0.4: lower, 0.63: lower}) == 0.4
+    assert claim({0.4: lower, 0.63: alike, 1.0: lower}) == 1.0 and claim({0.63: alike}) is None
+    assert claim({1.0: [1.2, 1.21, 1.19]}) is None  # significantly higher
+
+
+def test_the_crossing_is_interpolated():
+    """Half of the way in loss is half of the way in the logarithm of tokens. A loss that is never reached gives inf."""
+    points = [(0.25, 3.0), (0.5, 2.0), (1, 1.0)]
+    assert recipes.crossing(points, 2.5) == pytest.approx(0.25 * 2**0.5)
+    assert recipes.crossing(points, 2.0) == 0.5 and recipes.crossing(points, 3.5) == 0.25
+    assert recipes.crossing(points, 0.9) == math.inf
+
+
+def test_files_are_for_validation_or_for_training(tmp_path):
+    """The first shard holds whole files, and none of them is in the others. The same text gives the same hash."""
+    plan = recipes.TINY_PLAN
+    folder, listing, digest = recipes.prepare_text(plan, tmp_path)
+    assert recipes.prepare_text(plan, tmp_path)[1:] == (listing, digest)
+    rows = [line.split() for line in listing.splitlines() if not line.startswith("#")]
+    sizes = {split: [int(row[2]) for row in rows if row[0] == split] for split in ("val", "train")}
+    shards = {split: recipes.fineweb.find_shards(folder, split) for split in sizes}
+    for split, of_split in shards.items():
+        tokens = np.concatenate([recipes.fineweb.open_shard(path) for path in of_split])
+        assert len(tokens) == sum(sizes[split]) + len(sizes[split]) and tokens[0] == 256
+        assert np.diff(np.flatnonzero(np.append(tokens, 256) == 256)).tolist() == [size + 1 for size in sizes[split]]
+    assert len(shards["val"]) == 1 and sum(sizes["val"]) >= plan.val_tokens - len(sizes["val"])
+    assert len({row[1] for row in rows}) == len(rows)
+    files = {row[3]: row for row in rows}
+    contents = Path(recipes.importlib.util.find_spec("tqdm").origin).with_name("std.py").read_bytes()
+    assert files["tqdm/std.py"][1:3] == [recipes.hashlib.sha256(contents).hexdigest()[:16], str(len(contents))]
+
+
+def test_records_survive_a_kill(tmp_path):
+    """Half a line is a run that is missing. The next record begins on its own line. A run is claimed only once."""
+    path = tmp_path / "ladder.jsonl"
+    args = SimpleNamespace(out_dir=tmp_path, name="ladder", records=path)
+    task = recipes.search("muon", recipes.PLAN)
+    first = recipes.advance(task, {})[1][0]
+    second, third = recipes.replace(first, seed=2), recipes.replace(first, seed=3)
+    recipes.add_record(path, first, 1.5, text="x")
+    recipes.add_record(path, second, math.inf, text="x")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [record["run"] for record in recipes.read_records(path)] == [first]
+    recipes.add_record(path, third, math.inf, text="x")
+    assert [(record["run"], record["val"]) for record in recipes.read_records(path)] == [
+        (first, 1.5),
+        (third, math.inf),
+    ]
+    with recipes.claim(second, args) as mine, recipes.claim(second, args) as again, recipes.claim(first, args) as done:
+        assert (mine, again, done) == (True, False, False)
+    assert [file.name for file in tmp_path.iterdir()] == ["ladder.jsonl"]
+
+
 def test_recipes(main, tmp_path, one_thread):
-    """Each recipe searches its learning rate, finalists run three times, and a killed program continues."""
-    flags = ["--tokens", 20_480, "--val_tokens", 4096, "--out_dir", tmp_path]
-    code, stdout, _ = main(recipes, flags)
-    result, cache = read_report(tmp_path, "recipes", stdout), tmp_path / "recipes.jsonl"
-    lines = cache.read_text().splitlines(keepends=True)
-    records = list(map(json.loads, lines))
-    assert code == 0 and (tmp_path / "recipes.png").stat().st_size > 10_000
-    for row in result["rows"]:
-        assert row["searched"][str(row["lr"])] == row["search_loss"] == min(row["searched"].values())
-        rates = [float(rate) for rate in row["searched"]]
-        assert min(rates) < row["lr"] < max(rates) or len(rates) >= 8
-        for share in row["losses"]:
-            wanted = {"recipe": row["recipe"], "tokens": round(float(share) * 20_480), "lr": row["lr"]}
-            runs = [record for record in records if wanted.items() <= record.items() and record["seed"] != 1]
-            assert [run["seed"] for run in runs] == [2, 3, 4]
-            assert all(run["curve"][-1] == [run["tokens"] // 2048 * 2048, run["val"]] for run in runs)
-    winner = next(row for row in result["rows"] if row["recipe"] == result["winner"])
-    assert min(map(float, winner["losses"])) < 0.5 and 0 < result["tokens_ratio_to_adamw"] < 1
-    assert result["tokens_ratio_to_adamw"] == pytest.approx(sum(winner["ratio"][2]) / 3)
-    cache.write_text("".join(lines[:-2]))
-    main(recipes, flags)
-    again = list(map(json.loads, cache.read_text().splitlines()))
-    assert again[:-2] == records[:-2]
-    assert [record["curve"] for record in again] == [record["curve"] for record in records]
+    """A killed program continues. Another process shares the work. What is not run yet is not in the report."""
+    command = [measure.ROOT / "benchmarks" / "recipes.py", "--tiny", "--out_dir", tmp_path]
+    records = tmp_path / "ladder.jsonl"
+
+    def start():
+        return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+    process = start()
+    while not records.exists() or len(records.read_text().splitlines()) < 9:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:9]) + '{"run": {"n_la')
+    code, stdout, _ = main(recipes, [*command[1:], "--report"])
+    result = read_report(tmp_path, "ladder", stdout)
+    assert code == 0 and result["ratios"] == [] and {row["ratio"] for row in result["rows"]} == {"not run yet"}
+    before = recipes.read_records(records)
+    assert result["search of adamw"].startswith("4 runs of 3,072 tokens; best ") and len(before) == 9
+    process = start()
+    assert main(recipes, command[1:])[0] == process.wait() == 0
+    _, stdout, _ = main(recipes, [*command[1:], "--report"])  # each of the two has written a report
+    after = recipes.read_records(records)
+    assert after[: len(before)] == before and len({record["run"] for record in after}) == len(after) > 40
+    result = read_report(tmp_path, "ladder", stdout)
+    assert [(r["parameters"], r["batch"], r["n"]) for r in result["ratios"]] == [
+        (12288, 256, 2), (12288, 128, 2), (49152, 256, 1)
+    ]  # fmt: skip
+    for entry, row in zip(result["ratios"], result["rows"], strict=True):
+        assert 0 < entry["mean"] == pytest.approx(math.exp(np.mean(np.log(row["ratios"]))))
+        assert (entry["low"] is None) == (entry["n"] == 1) and entry["tokens_per_parameter"] in (0.25, 0.1)
+    losses = {record["run"]: record["val"] for record in after}
+    assert recipes.missing_runs(recipes.TINY_PLAN, "ABCD", losses) == [] and (tmp_path / "ladder.png").exists()
+    for optimizer in OPTIMIZERS:
+        searches = [run for run in losses if run.seed == 1 and run.settings.optimizer == optimizer]
+        assert sum((run.batch, run.n_embd) == (256, 32) for run in searches) == 4
+    data_dir = recipes.prepare_text(recipes.TINY_PLAN, tmp_path)[0]
+    assert recipes.train(after[0]["run"], recipes.TINY_PLAN, data_dir) == after[0]["val"]
+
+
+def test_runs_on_another_text_are_refused(main, tmp_path, one_thread):
+    """Losses on different texts must not be compared."""
+    run = recipes.advance(recipes.search("adamw", recipes.TINY_PLAN), {})[1][0]
+    recipes.add_record(tmp_path / "ladder.jsonl", run, 1.0, text="another")
+    with pytest.raises(UserError, match=r"runs on another text \(another\)"):
+        main(recipes, ["--tiny", "--out_dir", tmp_path])
+
+
+@pytest.mark.parametrize("name, beta1", [("gpt2-fast", 0.95), ("gpt2", 0.9)])
+def test_the_preset_is_what_is_compared(name, beta1, tmp_path, text_shards, one_thread):
+    """With a preset's hyperparameters, recipes.py trains as train_gpt2.py does."""
+    model = "--n_layer 2 --n_head 4 --n_embd 128 --block_size 128 --seq_len 128 --no_flash --compile off".split()
+    run = "--total_batch_tokens 2048 --micro_batch 16 --lr 0.016 --max_steps 20 --warmup_steps 1 --seed 2".split()
+    quiet = "--val_tokens 4096 --sample_interval 0 --hellaswag_file none --eval_interval 100 --device cpu".split()
+    files = ["--data_dir", str(text_shards), "--out_dir", str(tmp_path / "out")]
+    train_gpt2.main(["--preset", name, *model, *run, *quiet, *files])
+    schedule = "linear to 0" if name == "gpt2-fast" else "cosine to 0.1"
+    optimizer = train_gpt2.PRESETS[name][1].optimizer
+    settings = recipes.Settings(optimizer, 0.016, 0.05, 0.95, schedule, 1.0, 0.1, beta1)
+    plan = recipes.Plan((), val_tokens=4096)
+    loss = recipes.train(recipes.Run(2, 128, 2048, 20 * 2048, 2, settings), plan, text_shards)
+    assert loss == pytest.approx(read_log(tmp_path / "out" / "log.txt")["val"][1][-1], abs=1e-4)
+
+
+def test_hyperparameters_reach_the_optimizers():
+    """Each weight is in one group, with the learning rate and the decay that the settings give it."""
+    shape = train_gpt2.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=32)
+    for optimizer in OPTIMIZERS:
+        model = train_gpt2.GPT(shape)
+        settings = recipes.Settings(optimizer, 0.01, 0.1, 0.99, "linear to 0", 3.0, 0.5, 0.8)
+        config = train_gpt2.TrainConfig(optimizer=optimizer, lr=0.01, weight_decay=0.5)
+        optimizers = recipes.make_optimizers(model, settings, config)
+        model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))[1].backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for each in optimizers:
+            for group in each.param_groups:
+                group["lr"] = 0.01  # as train_step sets it
+            each.step()
+        found = {}
+        for each in optimizers:
+            for group in each.param_groups:
+                for parameter in group["params"]:
+                    assert id(parameter) not in found
+                    found[id(parameter)] = (group["lr"], group["weight_decay"])
+        names = {name: found[id(p)] for name, p in model.named_parameters()}
+        assert len(found) == len(names) == len(before)
+        assert names["transformer.wte.weight"] == names["transformer.wpe.weight"] == (0.03, 0.5)
+        assert names["transformer.h.0.mlp.c_fc.weight"] == (0.01, 0.5)
+        assert names["transformer.h.0.mlp.c_fc.bias"] == (0.03 if optimizer == "muon" else 0.01, 0.0)
+        moved = (before["transformer.wte.weight"][0] - model.transformer.wte.weight[0]).abs().max().item()
+        assert 0.025 < moved < 0.035  # AdamW's first step has the size of the learning rate
+        if optimizer == "muon":
+            assert optimizers[1].momentum == 0.8 and train_gpt2.Muon.momentum == 0.95
+
+
+# --- gpu.sh -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -412,36 +617,6 @@ def test_gpu_script(tmp_path, hellaswag_file):
     device = measure.pick_device("auto")
     assert names >= {"log.txt", "curve.png", f"step_{device}_demo.json", f"ladder_{device}_demo.md"}
     assert "aten::mm" in (tmp_path / "out" / f"step_{device}_demo_kernels.txt").read_text()
-
-
-def test_the_crossing_is_interpolated():
-    """Half of the way in loss is half of the way in the logarithm of tokens. A loss that is never reached gives inf."""
-    points = [(0.25, 3.0), (0.5, 2.0), (1, 1.0)]
-    assert recipes.crossing(points, 2.5) == pytest.approx(0.25 * 2**0.5)
-    assert recipes.crossing(points, 2.0) == 0.5 and recipes.crossing(points, 3.5) == 0.25
-    assert recipes.crossing(points, 0.9) == math.inf
-
-
-def test_a_target_that_is_not_reached():
-    """A seed that stays above the default's loss makes the share infinite. The report does not fail."""
-    runs = {share: [{"val": loss + seed / 10} for seed in range(3)] for share, loss in ((0.5, 2.0), (1, 1.0))}
-    default = {1: [{"val": 1.5}] * 3}
-    mean, spread, shares = recipes.tokens_ratio(runs, default)
-    assert shares == pytest.approx([0.5 ** (0.5 - seed / 10) for seed in range(3)]) and 0 < spread < mean < 1
-    default[1][0] = {"val": 0.9}
-    assert recipes.tokens_ratio(runs, default)[:2] == [math.inf, math.inf]
-
-
-def test_the_preset_is_what_was_measured(tmp_path, text_shards, one_thread):
-    """The winner in recipes.py and the preset of train_gpt2.py must train in the same way."""
-    model = "--n_layer 2 --n_head 4 --n_embd 128 --block_size 128 --seq_len 128 --no_flash --compile off".split()
-    run = "--total_batch_tokens 2048 --micro_batch 16 --lr 0.016 --max_steps 20 --warmup_steps 1 --seed 2".split()
-    quiet = "--val_tokens 4096 --sample_interval 0 --hellaswag_file none --eval_interval 100 --device cpu".split()
-    files = ["--data_dir", str(text_shards), "--out_dir", str(tmp_path / "out")]
-    train_gpt2.main(["--preset", "gpt2-fast", *model, *run, *quiet, *files])
-    args = SimpleNamespace(data=text_shards, val_tokens=4096)
-    curve = recipes.train(recipes.RECIPES[recipes.WINNER], 0.016, 2, 20 * 2048, args)
-    assert curve[-1][1] == pytest.approx(read_log(tmp_path / "out" / "log.txt")["val"][1][-1], abs=1e-4)
 
 
 # --- identical.py -----------------------------------------------------------------------------------------------------
