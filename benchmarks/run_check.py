@@ -11,6 +11,7 @@ benchmarks/out/run_check, so that a killed program continues.
 """
 
 import csv
+import json
 import os
 import shutil
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +29,10 @@ import fineweb
 from support import sources
 from support.common import UserError
 from support.runlog import check_run, read_log
-from train_gpt2 import DEMO_SHARD_TOKENS, PRESETS, get_lr
+from train_gpt2 import DEMO_SHARD_TOKENS, PRESETS, get_lr, set_up, setup_runtime, validation_loss
 
 OUT = ROOT / "benchmarks" / "out" / "run_check"
-REFERENCE_SEEDS, OTHER_SEEDS = range(1, 11), range(101, 121)
+REFERENCE_SEEDS, OTHER_SEEDS, INITIAL_SEEDS = range(1, 11), range(101, 121), range(1001, 1101)
 HEALTHY = {
     "micro_batch": ("nothing: micro-batches of 4", ["--micro_batch", "4"]),
     "float32": ("nothing: --dtype float32", ["--dtype", "float32"]),
@@ -172,21 +174,42 @@ def value(log, stream, step, window):
     values = dict(zip(*log[stream]))
     if (step - 1 if window else step) not in values:
         return None  # the run was stopped before
-    return round(statistics.fmean(values[i] for i in (range(step - window, step) if window else [step])), 7)
+    mean = statistics.fmean(values[i] for i in (range(step - window, step) if window else [step]))
+    return float(f"{mean:.6g}")
 
 
-def demo_references(logs):
-    """Return rows of references.csv: means over the seeds.
+def initial_losses():
+    """Return the validation losses of INITIAL_SEEDS untrained models, from a file if it is there."""
+    path = OUT / "initial.json"
+    if not path.exists():
+        model_config, config = PRESETS["demo"]
+        losses = []
+        for seed in INITIAL_SEEDS:
+            config = replace(config, seed=seed, data_dir=str(OUT / "data"), device="cpu", val_tokens=DEMO_SHARD_TOKENS)
+            runtime = setup_runtime(config)
+            training = set_up(model_config, config, runtime, None, None)
+            losses.append(validation_loss(training.model, training.val_loader, config.val_tokens, runtime))
+        path.write_text(json.dumps(losses))
+    return json.loads(path.read_text())
 
-    Of 43 points, a healthy run should almost never miss one. So the tolerance is seven standard deviations (the 99.997%
-    interval of a new run, given ten) and 1%, for other machines. The learning rate is exact.
+
+def demo_references(logs, untrained):
+    """Return rows of references.csv from the logs of healthy runs, and the losses of untrained models.
+
+    A run is compared at 36 points, and a healthy one should miss none. So the tolerance is seven standard deviations
+    over ten seeds (which a new run exceeds with a probability of 1e-4, by Student's t), and 1% for other machines. The
+    first validation loss comes from a hundred seeds, where 4.5 standard deviations are as rare. The learning rate is
+    known.
     """
     rows = []
     for stream, points in POINTS.items():
         for step, window in points:
-            values = [value(log, stream, step, window) for log in logs]
+            values = untrained if (stream, step) == ("val", 0) else [value(log, stream, step, window) for log in logs]
             mean, deviation = statistics.fmean(values), statistics.stdev(values)
-            tolerance = 0.001 * mean if stream == "lr" else 7 * deviation + 0.01 * mean
+            tolerance = 4.5 * deviation if values is untrained else 7 * deviation + 0.01 * mean
+            if stream == "lr":
+                mean = get_lr(step - 1, PRESETS["demo"][1])
+                tolerance = 0.001 * mean
             rows.append(["demo", stream, step, window, f"{mean:.6g}", f"{tolerance:.3g}"])
     return rows
 
@@ -219,7 +242,9 @@ def write_references(logs):
     if not public.exists():
         raise UserError(f"{public} is missing: set GPT2_DATA to the folder that has reference_runs/")
     with open(ROOT / "support" / "references.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(gpt2_references(public) + demo_references(logs))
+        csv.writer(file, lineterminator="\n").writerows(
+            gpt2_references(public) + demo_references(logs, initial_losses())
+        )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
