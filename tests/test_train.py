@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from helpers import save_model
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fineweb
@@ -232,6 +233,26 @@ def test_muon_takes_query_key_and_value_apart():
     moved = [(a - b).norm() for a, b in zip(theirs, before)]
     assert all((a - b).norm() < 0.05 * distance for a, b, distance in zip(ours, theirs, moved))
     assert (mixed[0] - theirs[0]).norm() > 0.2 * moved[0]
+
+
+@pytest.mark.parametrize("has_bfloat16, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_multiplies_in_a_type_of_the_hardware(monkeypatch, has_bfloat16, expected):
+    """Emulated bfloat16 is slow. (tests/fake_gpu.py has a GPU with only float16.)"""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": has_bfloat16}, raising=False)
+    weight = nn.Parameter(torch.randn(8, 16))
+    weight.grad = torch.randn(8, 16)
+    before, products = weight.detach().clone(), set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "bmm" in str(function):
+                products.add(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        Muon([weight], 0.1, 0.0).step()
+    assert products == {expected}
+    assert (weight - before).norm().item() == pytest.approx(0.1 * 0.2 * 16**0.5 * 8**0.5, rel=0.3)
 
 
 def test_precision_by_device():
