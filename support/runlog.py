@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +41,7 @@ class Log:
     def __init__(self, out_dir):
         self.path = Path(out_dir) / "log.txt"
         self.unwritten, self.warned, self.tracker = b"", False, None
+        self.thread = ThreadPoolExecutor(max_workers=1)  # draws the curve
 
     def start_tracker(self, name, settings):
         """Send the values to the package `name`, too. OUT/tracker_id lets a resumed run continue the same record."""
@@ -97,9 +100,23 @@ class Log:
         losses = validation_losses(self.path)
         return min(losses, key=losses.get, default=None)
 
+    def draw(self, manifest):
+        """Start to draw OUT/curve.png, on a thread, so that training does not wait. manifest: see draw_curve."""
+        # By default a thread gives way after 5 ms, and training would wait that long in almost every kernel launch.
+        sys.setswitchinterval(1e-4)
+        self.thread.submit(self._draw, manifest)
+
+    def _draw(self, manifest):
+        try:
+            draw_curve({"": read_log(self.path)}, manifest).savefig(self.path.with_name("curve.png"), dpi=120)
+        except Exception as error:  # a full disk, or an error of matplotlib's own
+            warn(f"curve.png is not drawn: {one_line(error)}")
+
     def finish(self):
-        """End the tracker's record."""
+        """Wait for the last curve, and end the tracker's record. A second call does nothing."""
+        self.thread.shutdown()
         self._track("finish")
+        self.tracker = None
 
 
 class Clock:

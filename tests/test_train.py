@@ -4,6 +4,7 @@ import re
 import shutil
 import sqlite3
 import sys
+import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -443,6 +444,60 @@ def test_curve_compares_what_can_be_compared(manifest, hella, loss_lines, hella_
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["mine train", "mine val, last 3.4000", "lecture train", "lecture val, last 3.4000"]
     assert ("byte" in figure.axes[0].get_ylabel()) == (manifest["encoding"] == "bytes")
+
+
+@pytest.fixture
+def savefig(monkeypatch):
+    """Events of a slow drawing: set when it starts, and awaited, for 20 s at most, before it is written."""
+    from matplotlib.figure import Figure
+
+    started, release, write = threading.Event(), threading.Event(), Figure.savefig
+
+    def savefig(figure, *args, **options):
+        started.set()
+        release.wait(20)
+        write(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    interval = sys.getswitchinterval()
+    yield started, release
+    sys.setswitchinterval(interval)
+
+
+def test_training_does_not_wait_for_the_curve(tmp_path, savefig):
+    """It is drawn on a thread, which gives way to training at once and has ended when the log is finished."""
+    (started, release), threads = savefig, threading.active_count()
+    log, curve = Log(tmp_path), tmp_path / "curve.png"
+    for step in range(3):
+        log.write(step, train=3.0 - step)
+        log.draw({"encoding": "gpt2"})
+    assert started.wait(20) and not curve.exists() and sys.getswitchinterval() < 1e-3
+    release.set()
+    log.finish()
+    log.finish()
+    assert curve.read_bytes().endswith(b"IEND\xaeB`\x82") and threading.active_count() == threads
+
+
+def test_a_failed_run_has_its_last_curve(byte_shards, tmp_path, savefig, main):
+    """Whatever ends a run, the drawing that has started is finished, and its thread ends."""
+    (started, release), threads = savefig, threading.active_count()
+    threading.Timer(8, release.set).start()  # after the failure, which comes at once
+    flags = [*SMALL, "--data_dir", byte_shards, "--out_dir", tmp_path / "out", "--lr", 1e30, "--warmup_steps", 0]
+    flags += ["--val_tokens", 64, "--max_skipped_steps", 1, "--eval_interval", 50, "--total_batch_tokens", 256]
+    code, _, stderr = main(train_gpt2, flags)
+    assert code == 2 and "were skipped" in stderr and started.is_set()
+    assert (tmp_path / "out" / "curve.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert threading.active_count() == threads
+
+
+def test_a_curve_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
+    """The run is worth more than its picture."""
+    (tmp_path / "curve.png").mkdir()
+    log = Log(tmp_path)
+    log.write(0, val=3.0)
+    log.draw({"encoding": "gpt2"})
+    log.finish()
+    assert "warning: curve.png is not drawn: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("losses", [[10.9], [math.nan], [math.inf, 3.0]])
