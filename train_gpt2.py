@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -761,12 +761,9 @@ def evaluate(step, training, config, runtime):
         runtime.print0(" | ".join(parts))
     if evaluates and runtime.rank == 0:
         training.log.write(step, **results)
-        with suppress(OSError):  # a full disk, about which the log has already warned
-            log, recipe = runlog.read_log(training.log.path), reference_recipe(training.raw_model.config, config)
-            for line in runlog.due_checks(log, recipe, step, config.eval_interval):
-                print(line, flush=True)
-            figure = runlog.draw_curve({"": log}, fineweb.read_manifest(config.data_dir), recipe)
-            figure.savefig(Path(config.out_dir) / "curve.png", dpi=120)
+        recipe = reference_recipe(training.raw_model.config, config)
+        training.log.print_checks(recipe, step, config.eval_interval)
+        training.log.draw(fineweb.read_manifest(config.data_dir), recipe)
     if samples and runtime.rank == 0:
         print_samples(whole, training.encoding, config, runtime)
     training.raw_model.train()
@@ -947,6 +944,7 @@ def run_steps(first_step, skipped, evaluated, training, config, runtime, writer)
         if step > 0:
             save(step, skipped, training, config, runtime, writer)
         writer.finish()
+        training.log.finish()
         runtime.print0(f"stopped at step {step}: continue with --resume")
         distributed.barrier()  # torchrun ends all processes as soon as one has ended
         raise

@@ -175,6 +175,22 @@ def from_rank0(value, device):
     return values[0]
 
 
+def share_work(function, inputs):
+    """Return function(inputs) for inputs (n, ...) that all processes have: each computes a part, and all get the whole.
+
+    function treats each of the n separately and keeps its shape. All processes must call this together.
+    """
+    if not dist.is_initialized():
+        return function(inputs)
+    share = math.ceil(len(inputs) / dist.get_world_size())
+    first = dist.get_rank() * share  # the last processes may have less to do, or nothing
+    results = torch.zeros_like(inputs)
+    if len(own := inputs[first : first + share]):
+        results[first : first + share] = function(own)
+    # all but one of the summands are zero, so this is exact; gathering would pad the shares to equal sizes
+    return sum_over_ranks(results, results.device)
+
+
 def machine_errors(device, dtype, fsdp):
     """Return a line for each thing that --device, --dtype, --fsdp and torchrun ask for and this machine cannot do."""
     try:

@@ -2,18 +2,24 @@
 
 import torch
 
-from support.distributed import gather, shard_like
+from support.common import pick_dtype
+from support.distributed import gather, shard_like, share_work
 
 
 def orthogonalize(matrices):
-    """Return, in bfloat16, matrices near (n, a, b) whose singular values are all about 1 (Jordan et al. 2024)."""
-    x = matrices.bfloat16()
-    x = x.mT if x.size(1) > x.size(2) else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    """Return matrices near (n, a, b) whose singular values are all about 1 (Jordan et al. 2024).
+
+    matrices: in bfloat16. The products are in the type that --dtype auto chooses, because emulated bfloat16 is slow.
+    """
+    # contiguous, because oneDNN sums the products of a transposed view differently for one matrix than for several
+    x = matrices.mT.contiguous() if matrices.size(1) > matrices.size(2) else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # before another type, because float16 has a small range
+    x = x.to(pick_dtype("auto", x.device.type))
     for _ in range(5):  # each round maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: all come near 1
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
+    x = x.to(matrices.dtype)
     return x.mT if matrices.size(1) > matrices.size(2) else x
 
 
@@ -22,6 +28,7 @@ class Muon(torch.optim.Optimizer):
 
     So one learning rate and one weight decay serve both optimizers. The same as torch.optim.Muon with match_rms_adamw,
     except that query, key and value are orthogonalized separately, although c_attn.weight (3C, C) holds all three.
+    Several processes share the products, and each has the whole momentum of its weights, or of its shards with FSDP.
     """
 
     momentum = 0.95  # Jordan et al.
@@ -49,7 +56,8 @@ class Muon(torch.optim.Optimizer):
             updates.append(gather(weight.grad.lerp(average, self.momentum).bfloat16()))  # Nesterov: one step ahead
         rows, columns = weights[0].shape
         parts = 3 if rows == 3 * columns else 1
-        updates = orthogonalize(torch.stack(updates).view(-1, rows // parts, columns)).reshape(-1, rows, columns)
+        updates = torch.stack(updates).view(-1, rows // parts, columns)
+        updates = share_work(orthogonalize, updates).reshape(-1, rows, columns)
         scale = 0.2 * max(rows // parts, columns) ** 0.5  # 0.2: the root mean square of AdamW's updates
         for weight, update in zip(weights, updates):
             weight.mul_(1 - lr * weight_decay)

@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,7 @@ class Log:
     def __init__(self, out_dir):
         self.path = Path(out_dir) / "log.txt"
         self.unwritten, self.warned, self.tracker = b"", False, None
+        self.thread = ThreadPoolExecutor(max_workers=1)  # draws the curve
 
     def start_tracker(self, name, settings, step=0):
         """Send the values from `step` on to the package `name`, too. OUT/tracker_id lets a resumed run continue the
@@ -135,9 +137,29 @@ class Log:
         losses = validation_losses(self.path)
         return min(losses, key=losses.get, default=None)
 
+    def print_checks(self, recipe, step, interval):
+        """Print how the run compares with healthy ones: see due_checks."""
+        for line in due_checks(read_log(self.path), recipe, step, interval) if self.path.exists() else ():
+            print(line, flush=True)
+
+    def draw(self, manifest, recipe):
+        """Start to draw OUT/curve.png, on a thread, so that training does not wait. The arguments are draw_curve's."""
+        # By default a thread gives way after 5 ms, and training would wait that long in almost every kernel launch.
+        sys.setswitchinterval(1e-4)
+        self.thread.submit(self._draw, manifest, recipe)
+
+    def _draw(self, manifest, recipe):
+        try:
+            figure = draw_curve({"": read_log(self.path)}, manifest, recipe)
+            figure.savefig(self.path.with_name("curve.png"), dpi=120)
+        except Exception as error:  # a full disk, or an error of matplotlib's own
+            warn(f"curve.png is not drawn: {one_line(error)}")
+
     def finish(self):
-        """End the tracker's record."""
+        """Wait for the last curve, and end the tracker's record. A second call does nothing."""
+        self.thread.shutdown()
         self._track("finish")
+        self.tracker = None
 
 
 class Clock:

@@ -27,14 +27,21 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 def prepare_torch():
     """Make torch's Python code believe in the device of fake_cuda.cpp, which must be loaded before torch."""
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # autocast and GradScaler ask this
-    torch.cuda.current_device, torch.cuda.is_bf16_supported = lambda: 0, lambda: True
+    torch.cuda.current_device = lambda: 0
     torch.Tensor.pin_memory = lambda self: self  # only a driver can do it
 
 
 class Device(TorchDispatchMode):
-    """Refuse operands of several types, which fake tensors accept, and give the host numbers to read: 0.0 or 1."""
+    """Refuse operands of several types, which fake tensors accept, and give the host numbers to read: 0.0 or 1.
+
+    muon_types: the types of Muon's products, which alone use baddbmm.
+    """
 
     ONE_TYPE = re.compile(r"aten\.(mm|addmm|bmm|baddbmm|native_layer_norm|_scaled_dot_product)")
+
+    def __init__(self):
+        super().__init__()
+        self.muon_types = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
@@ -43,6 +50,7 @@ class Device(TorchDispatchMode):
             dtypes = {arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.dtype != torch.bool}
             if len(dtypes) > 1:
                 raise RuntimeError(f"{function} expects one type, but found {dtypes}")
+            self.muon_types |= dtypes if "baddbmm" in str(function) else set()
         return function(*args, **(kwargs or {}))
 
 
@@ -63,7 +71,9 @@ def run_case(data_dir, dtype, optimizer="adamw", plant=None, **shape):
     """Train, validate, generate and score with a small GPT. plant(model, loader): puts in a fault first."""
     checkpointing = shape.pop("activation_checkpointing", False)
     config = replace(TrainConfig(), optimizer=optimizer, total_batch_tokens=4 * T, seq_len=T)
-    with FakeTensorMode(allow_non_fake_inputs=True), Device():
+    units = torch.float16 if dtype == torch.float16 else torch.bfloat16  # a GPU without or with bfloat16 units
+    torch.cuda.is_bf16_supported = lambda **_: units == torch.bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True), Device() as device:
         model = on_gpu(GPTConfig(block_size=T, vocab_size=IDS, n_layer=1, n_head=2, n_embd=64, **shape))
         model.set_activation_checkpointing(checkpointing)
         loader = train_gpt2.DataLoaderLite(data_dir, "train", 2, T, device=GPU)
@@ -74,6 +84,7 @@ def run_case(data_dir, dtype, optimizer="adamw", plant=None, **shape):
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         for step in range(2):
             train_step(model, optimizers, scaler, loader, step, config, runtime)
+        assert device.muon_types == ({units} if optimizer == "muon" else set())
         state = [value for optimizer in optimizers for values in optimizer.state.values() for value in values.values()]
         assert len(state) > 20 and {(t.device, t.dtype) for t in state} == {(GPU, torch.float32)}
         model.eval()

@@ -19,8 +19,12 @@ from helpers import ROOT, TINY, Program, assert_same_run, error_lines, worker
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from support import muon
+from support.distributed import gather
 from support.hardware import flops_per_token
+from support.muon import Muon, orthogonalize
 from support.runlog import read_log
 from train_gpt2 import (
     GPT,
@@ -219,6 +223,80 @@ def test_activation_checkpointing_trains_the_same_run(text_shards, run_script, t
     assert all(twice[stream] == plain[stream] for stream in ("train", "val", "norm"))
 
 
+# --- Muon on several processes ----------------------------------------------------------------------------------------
+
+MUON = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from test_parallel import muon_steps
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+results = {{
+    "whole": muon_steps(torch.clone),
+    "sharded": muon_steps(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])),
+}}
+torch.save(results, f"{folder}/rank{{dist.get_rank()}}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+MUON_SHAPES = {(96, 32): 5, (32, 32): 17, (128, 32): 5, (32, 128): 2}  # 17 are a batch of 16 and one of a single matrix
+
+
+def muon_steps(place):
+    """Do two steps of Muon. Return the FLOPs of this process, and the whole weights and momenta.
+
+    place: what makes a parameter of a tensor, and a gradient.
+    """
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape) for shape, count in MUON_SHAPES.items() for _ in range(count)]
+    weights = [torch.nn.Parameter(place(tensor)) for tensor in tensors]
+    optimizer = Muon(weights, 0.1, 0.1)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(2):
+            for weight, tensor in zip(weights, tensors):
+                weight.grad = place(torch.randn_like(tensor))
+            optimizer.step()
+    values = [*weights, *(optimizer.state[weight]["momentum_buffer"] for weight in weights)]
+    return counter.get_total_flops(), [gather(value.detach()) for value in values]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_products_of_muon(tmp_path, processes):
+    """Each does its part of every batch. All get the bits of one process, with whole weights and with shards."""
+    script = tmp_path / "muon.py"
+    script.write_text(MUON.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path)))
+    run = Program(launcher=[str(script)], processes=processes)
+    assert run.end() == 0, run.text
+    all_flops, expected = muon_steps(torch.clone)
+    # FLOPs of five rounds for (a, b), a <= b, and how many matrices a batch has
+    wide, square, long = ((5 * 2 * (2 * a * a * b + a**3)) for a, b in ((32, 128), (32, 32), (32, 128)))
+    batches = [(15, square), (16, square), (1, square), (5, wide), (2, long)]
+    assert all_flops == 2 * sum(count * flops for count, flops in batches)
+    for rank in range(processes):
+        own = 0
+        for count, flops in batches:
+            share = math.ceil(count / processes)
+            own += max(0, min(share, count - rank * share)) * flops
+        for layout, (flops, values) in torch.load(tmp_path / f"rank{rank}.pt").items():
+            assert flops == 2 * own, (layout, rank)
+            assert all(map(torch.equal, values, expected)), (layout, rank)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (1600, 400), (400, 1600)])
+def test_an_update_does_not_depend_on_its_batch(shape):
+    """However many processes share a batch, each matrix gets the same bits. oneDNN sums long rows in blocks."""
+    torch.manual_seed(0)
+    matrices = torch.randn(5, *shape).bfloat16()
+    whole = orthogonalize(matrices)
+    for share in (1, 2, 3):
+        assert torch.equal(torch.cat([orthogonalize(part) for part in matrices.split(share)]), whole)
+
+
 # --- nodes ------------------------------------------------------------------------------------------------------------
 
 
@@ -406,3 +484,28 @@ def test_the_table_of_scale_is_its_arithmetic():
             recomputed.append((4 * config.n_layer + 36) * tokens_and_channels)
         assert [ddp[0], *fsdp, *kept, *recomputed] == numbers(*gigabytes[2:])
     assert len(scale) == 9 and preset == "gpt3-1.3b"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_update_has_one_type_on_any_number_of_processes(monkeypatch, dtype):
+    """Where products are not in bfloat16, one process must not keep digits that an exchange would lose."""
+    monkeypatch.setattr(muon, "pick_dtype", lambda *_: dtype)
+    update = orthogonalize(torch.randn(2, 16, 8).bfloat16())
+    assert update.dtype == torch.bfloat16 and torch.linalg.svdvals(update.float()).sub(1).abs().max() < 0.4
+
+
+def test_the_table_of_muon_is_its_arithmetic():
+    """The products of the GPU with the largest part, and the sum of all results, follow from the shapes."""
+    text = (ROOT / "docs" / "scaling.md").read_text().partition("### Muon")[2]
+    for preset, name in (("gpt2", "124M"), ("gpt2-xl", "gpt2-xl"), ("gpt3-1.3b", "gpt3-1.3b")):
+        (row,) = re.findall(rf"^\| {name} \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.M)
+        C, layers, expected = PRESETS[preset][0].n_embd, PRESETS[preset][0].n_layer, []
+        for N, bandwidth in ((1, math.inf), (8, 450e9), (64, 400e9)):
+            flops = 0
+            for batch in [16] * (layers // 16) + [layers % 16]:
+                for matrices, cost in ((3 * batch, 30), (batch, 30), (batch, 90), (batch, 90)):  # c_attn, c_proj, MLP
+                    flops += math.ceil(matrices / N) * cost * C**3
+            expected += [flops / (0.4 * 989e12) * 1e3, 2 * (N - 1) / N * 24 * layers * C**2 / bandwidth * 1e3]
+        del expected[1]  # a single GPU sends nothing
+        numbers = [float(number) for number in re.findall(r"[\d.]+", " ".join(row))]
+        assert numbers == pytest.approx(expected, abs=0.06, rel=0.01)

@@ -4,6 +4,7 @@ import re
 import shutil
 import sqlite3
 import sys
+import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from helpers import error_lines, save_model
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fineweb
@@ -235,6 +237,26 @@ def test_muon_takes_query_key_and_value_apart():
     assert (mixed[0] - theirs[0]).norm() > 0.2 * moved[0]
 
 
+@pytest.mark.parametrize("has_bfloat16, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_multiplies_in_a_type_of_the_hardware(monkeypatch, has_bfloat16, expected):
+    """Emulated bfloat16 is slow. (tests/fake_gpu.py has a GPU with only float16.)"""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": has_bfloat16}, raising=False)
+    weight = nn.Parameter(torch.randn(8, 16))
+    weight.grad = torch.randn(8, 16)
+    before, products = weight.detach().clone(), set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "bmm" in str(function):
+                products.add(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        Muon([weight], 0.1, 0.0).step()
+    assert products == {expected}
+    assert (weight - before).norm().item() == pytest.approx(0.1 * 0.2 * 16**0.5 * 8**0.5, rel=0.3)
+
+
 def test_precision_by_device():
     """The original gives an Apple GPU no autocast, having asked for the CPU's."""
     runtime = Runtime(0, 1, torch.device("mps"), pick_dtype("auto", "mps"), False)
@@ -423,6 +445,60 @@ def test_curve_compares_what_can_be_compared(manifest, hella, loss_lines, hella_
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["mine train", "mine val, last 3.4000", "lecture train", "lecture val, last 3.4000"]
     assert ("byte" in figure.axes[0].get_ylabel()) == (manifest["encoding"] == "bytes")
+
+
+@pytest.fixture
+def savefig(monkeypatch):
+    """Events of a slow drawing: set when it starts, and awaited, for 20 s at most, before it is written."""
+    from matplotlib.figure import Figure
+
+    started, release, write = threading.Event(), threading.Event(), Figure.savefig
+
+    def savefig(figure, *args, **options):
+        started.set()
+        release.wait(20)
+        write(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    interval = sys.getswitchinterval()
+    yield started, release
+    sys.setswitchinterval(interval)
+
+
+def test_training_does_not_wait_for_the_curve(tmp_path, savefig):
+    """It is drawn on a thread, which gives way to training at once and has ended when the log is finished."""
+    (started, release), threads = savefig, threading.active_count()
+    log, curve = Log(tmp_path), tmp_path / "curve.png"
+    for step in range(3):
+        log.write(step, train=3.0 - step)
+        log.draw({"encoding": "gpt2"}, None)
+    assert started.wait(20) and not curve.exists() and sys.getswitchinterval() < 1e-3
+    release.set()
+    log.finish()
+    log.finish()
+    assert curve.read_bytes().endswith(b"IEND\xaeB`\x82") and threading.active_count() == threads
+
+
+def test_a_failed_run_has_its_last_curve(byte_shards, tmp_path, savefig, main):
+    """Whatever ends a run, the drawing that has started is finished, and its thread ends."""
+    (started, release), threads = savefig, threading.active_count()
+    threading.Timer(8, release.set).start()  # after the failure, which comes at once
+    flags = [*SMALL, "--data_dir", byte_shards, "--out_dir", tmp_path / "out", "--lr", 1e30, "--warmup_steps", 0]
+    flags += ["--val_tokens", 64, "--max_skipped_steps", 1, "--eval_interval", 50, "--total_batch_tokens", 256]
+    code, _, stderr = main(train_gpt2, flags)
+    assert code == 2 and "were skipped" in stderr and started.is_set()
+    assert (tmp_path / "out" / "curve.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert threading.active_count() == threads
+
+
+def test_a_curve_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
+    """The run is worth more than its picture."""
+    (tmp_path / "curve.png").mkdir()
+    log = Log(tmp_path)
+    log.write(0, val=3.0)
+    log.draw({"encoding": "gpt2"}, None)
+    log.finish()
+    assert "warning: curve.png is not drawn: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("losses", [[10.9], [math.nan], [math.inf, 3.0]])
