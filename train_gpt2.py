@@ -179,8 +179,7 @@ PRESETS = {
 }  # fmt: skip
 # what a resumed run may change if --override names it, and what it may not; another path to the same data is free
 FLAGS = {f.name: f.metadata for f in (*fields(GPTConfig), *fields(TrainConfig))}
-# another seed or another order of the same sequences is the same recipe
-RECIPE_FLAGS = [name for name in FLAGS if FLAGS[name]["resume"] != "free" and name not in ("seed", "shuffle")]
+RECIPE_FLAGS = [name for name in FLAGS if FLAGS[name]["resume"] != "free" and name != "seed"]
 OVERRIDABLE = ["data_dir", *(name for name in FLAGS if FLAGS[name]["resume"] == "named")]
 SHAPE_FLAGS = [f.name for f in fields(GPTConfig) if f.metadata["resume"] == "fixed"]
 DEMO_SHARD_TOKENS = 250_000  # the first shard is for validation: 2% of the standard library
