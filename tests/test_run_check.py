@@ -179,5 +179,9 @@ def test_the_program_checks_itself(fault, tmp_path):
 
 @pytest.mark.slow
 def test_another_recipe_is_not_checked(tmp_path):
-    output = run_until(ROOT, ["--lr", 0.01, "--eval_interval", 25], "25 val", tmp_path)
-    assert "step    25 | val" in output and "check" not in output
+    from run_check import plant
+
+    (tmp_path / "copy").mkdir()
+    plant(None, tmp_path / "copy")
+    output = run_until(tmp_path / "copy", ["--lr", 0.01, "--eval_interval", 25], "25 val", tmp_path)
+    assert "step    25 | val" in output and "\ncheck " not in output
