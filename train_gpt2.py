@@ -729,14 +729,6 @@ def print_samples(raw_model, encoding, config, runtime):
         print(f"sample {i}: {tokenizer.decode_known(row, encoding)}", flush=True)
 
 
-def reference_recipe(model_config, config):
-    """Return the preset if its healthy runs are a reference for this run, which changes no number of it, or None."""
-    ours, preset = ({**asdict(m), **asdict(c)} for m, c in ((model_config, config), PRESETS[config.preset]))
-    same = all(ours[name] == preset[name] for name in RECIPE_FLAGS)
-    manifest = fineweb.read_manifest(config.data_dir)
-    return config.preset if same and runlog.has_reference(config.preset, manifest, config.val_tokens) else None
-
-
 def evaluate(step, training, config, runtime):
     """Measure, print and log what is due at this step. Raises Stopped, and then nothing is logged."""
     last_step = step == config.max_steps
@@ -760,9 +752,7 @@ def evaluate(step, training, config, runtime):
         runtime.print0(" | ".join(parts))
     if evaluates and runtime.rank == 0:
         training.log.write(step, **results)
-        recipe = reference_recipe(training.raw_model.config, config)
-        training.log.print_checks(recipe, step, config.eval_interval)
-        training.log.draw(fineweb.read_manifest(config.data_dir), recipe)
+        training.log.report(step)
     if samples and runtime.rank == 0:
         print_samples(whole, training.encoding, config, runtime)
     training.raw_model.train()
@@ -852,10 +842,21 @@ def new_model(model_config, encoding, config):
     return model
 
 
+def reference_recipe(model_config, config, manifest, val_loader, hellaswag_rows):
+    """Return the preset if its healthy runs are a reference for this run, which changes no number of it, or None."""
+    ours, preset = ({**asdict(m), **asdict(c)} for m, c in ((model_config, config), PRESETS[config.preset]))
+    same = all(ours[name] == preset[name] for name in RECIPE_FLAGS)
+    same &= len(hellaswag_rows or ()) in (0, hellaswag.FULL_ROWS)  # fewer rows give another accuracy
+    split = val_loader.num_rows * val_loader.T
+    val_tokens = split if config.val_tokens == "auto" else min(split, config.val_tokens)
+    return config.preset if same and runlog.has_reference(config.preset, manifest, val_tokens) else None
+
+
 def set_up(model_config, config, runtime, state, weights):
     """Return the parts of a new run, or of the one with this training state and these weights. Raises UserError."""
     torch.manual_seed(config.seed)
-    encoding = fineweb.get_encoding(fineweb.read_manifest(config.data_dir)["encoding"])
+    manifest = fineweb.read_manifest(config.data_dir)
+    encoding = fineweb.get_encoding(manifest["encoding"])
     layout = 1, config.seq_len, runtime.rank, runtime.world_size  # B is set below, by pick_micro_batch
     loader = DataLoaderLite(config.data_dir, "train", *layout, config.shuffle, config.seed, runtime.device)
     val_loader = DataLoaderLite(config.data_dir, "val", *layout, shuffle=False, device=runtime.device)
@@ -876,7 +877,8 @@ def set_up(model_config, config, runtime, state, weights):
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if state:
         restore(state, optimizers, scaler, loader)
-    reports = runlog.Log(config.out_dir), runlog.Clock(config.max_steps)
+    recipe = reference_recipe(raw_model.config, config, manifest, val_loader, hellaswag_rows)
+    reports = runlog.Log(config.out_dir, manifest, recipe), runlog.Clock(config.max_steps)
     data = loader, val_loader, fingerprint, encoding, hellaswag_rows
     return Training(raw_model, model, optimizers, scaler, *data, *reports)
 
@@ -906,8 +908,7 @@ def train(model_config, config, runtime):
             training.log.finish()
     if runtime.rank == 0:
         tokens = tokens_before(config.max_steps, config) - tokens_before(first_step, config)
-        recipe = reference_recipe(training.raw_model.config, config)
-        print(runlog.summary(training.log.path, tokens, training.clock, runtime.device, recipe))
+        print(runlog.summary(training.log, tokens, training.clock, runtime.device))
 
 
 def run_steps(first_step, skipped, evaluated, training, config, runtime, writer):
@@ -1018,7 +1019,8 @@ def print_run(training, config, runtime, resumed_step):
     print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}{ramp if config.batch_ramp_steps else ''}")
     machine = f"{hardware.device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
     print0(f"machine: {machine}, torch {torch.__version__}, {mode}")
-    print0(f"evaluation: every {config.eval_interval} steps, on {min(config.val_tokens, val_tokens):,} tokens")
+    on = f"{min(config.val_tokens, val_tokens):,} tokens{', beside healthy runs' if training.log.recipe else ''}"
+    print0(f"evaluation: every {config.eval_interval} steps, on {on}")
     if resumed_step is not None:
         print0(f"resuming {config.out_dir} at step {resumed_step}")
 

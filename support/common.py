@@ -139,7 +139,7 @@ def cli(function, arguments: list[str] | None = None, **options):
     import tyro  # takes a while, and a script that is imported does not need it
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--version" in arguments:
+    if arguments == ["--version"]:
         torch = importlib.metadata.version("torch")  # importing it takes seconds
         print(f"revision {git_revision()}, Python {platform.python_version()}, torch {torch}")
         sys.exit()
@@ -148,7 +148,10 @@ def cli(function, arguments: list[str] | None = None, **options):
 
 def git_revision() -> str:
     """Return the git revision of this project, with "-dirty" if files are changed, or "unknown" without git."""
-    git = ["git", "--no-optional-locks", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "--no-optional-locks", "-C", root, "describe", "--always", "--dirty"]
+    if not (root / ".git").exists():
+        return "unknown"  # git would describe another project, in whose folder this one lies
     try:
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
@@ -166,7 +169,7 @@ def range_errors(config) -> list[str]:
     for f in fields(config):
         value = getattr(config, f.name)
         above, at_least, at_most = f.metadata["above"], f.metadata["at_least"], f.metadata["at_most"]
-        if not isinstance(value, (int, float)) or (above is None and at_least is None):
+        if not isinstance(value, (int, float)) or (above, at_least, at_most) == (None, None, None):
             continue
         if above is not None and not value > above:
             errors.append(f"--{f.name} is {value}: it must be above {above}")

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.common import UserError, atomic_write, exit_on_error, git_revision, one_line, quoted, warn
+from support.common import UserError, atomic_write, exit_on_error, git_revision, one_line, quoted, tolerant_output, warn
 
 # OpenAI's results: GPT-2's loss on the validation shard of FineWeb-Edu and its HellaSwag acc_norm are from the notebook
 # of build-nanogpt (whose hellaswag.py has 0.2955 for the 124M), GPT-3's HellaSwag is from its paper. Each panel always
@@ -31,8 +30,9 @@ REFERENCES = {
               "GPT-2 774M": 0.431986, "GPT-3 760M": 0.510, "GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
 }  # fmt: skip
 
-# The presets for which references.csv has the values of healthy runs, and the data of those runs: encoding, source.
-CHECKED = {"gpt2": ("gpt2", "fineweb-edu"), "demo": ("bytes", "stdlib")}
+# The presets for which references.csv has the values of healthy runs, and the data of those runs: encoding, pattern of
+# the source, and how many tokens must measure the validation loss, because fewer are too inexact.
+CHECKED = {"gpt2": ("gpt2", r"\bfineweb-edu(?!-score)", 1_000_000), "demo": ("bytes", "^stdlib$", 200_000)}
 
 WEEK = 7 * 24 * 3600  # seconds
 
@@ -75,12 +75,13 @@ class Log:
     """Append to OUT/log.txt, one `step stream value` per line (build-nanogpt's format), and to a tracker.
 
     Lines that a full disk refuses are kept in memory until it has space. A tracker that fails is dropped.
+    manifest: of the data. recipe: the preset with whose healthy runs this one is compared (see CHECKED), or None.
     """
 
-    def __init__(self, out_dir):
-        self.path = Path(out_dir) / "log.txt"
+    def __init__(self, out_dir, manifest=None, recipe=None):
+        self.path, self.manifest, self.recipe = Path(out_dir) / "log.txt", manifest, recipe
         self.unwritten, self.warned, self.tracker = b"", False, None
-        self.thread = ThreadPoolExecutor(max_workers=1)  # draws the curve
+        self.thread, self.job, self.reported = ThreadPoolExecutor(max_workers=1), None, None
 
     def start_tracker(self, name, settings, step=0):
         """Send the values from `step` on to the package `name`, too. OUT/tracker_id lets a resumed run continue the
@@ -137,26 +138,32 @@ class Log:
         losses = validation_losses(self.path)
         return min(losses, key=losses.get, default=None)
 
-    def print_checks(self, recipe, step, interval):
-        """Print how the run compares with healthy ones: see due_checks."""
-        for line in due_checks(read_log(self.path), recipe, step, interval) if self.path.exists() else ():
-            print(line, flush=True)
+    def report(self, step):
+        """Print how the run compares with healthy ones, and draw OUT/curve.png: on a thread, so that training goes on.
 
-    def draw(self, manifest, recipe):
-        """Start to draw OUT/curve.png, on a thread, so that training does not wait. The arguments are draw_curve's."""
-        # By default a thread gives way after 5 ms, and training would wait that long in almost every kernel launch.
-        sys.setswitchinterval(1e-4)
-        self.thread.submit(self._draw, manifest, recipe)
+        A report that waits for an older one is left out when the next one comes, which says the same.
+        """
+        if self.job:
+            self.job.cancel()
+        self.job = self.thread.submit(self._report, step)
 
-    def _draw(self, manifest, recipe):
+    def _report(self, step):
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)  # seconds; with the usual 0.005, training would wait that long at each kernel
         try:
-            figure = draw_curve({"": read_log(self.path)}, manifest, recipe)
+            log = read_log(self.path)
+            for line in due_checks(log, self.recipe, step if self.reported is None else self.reported, step):
+                print(line, flush=True)
+            self.reported = step
+            figure = draw_curve({"": log}, self.manifest, self.recipe)
             figure.savefig(self.path.with_name("curve.png"), dpi=120)
-        except Exception as error:  # a full disk, or an error of matplotlib's own
+        except Exception as error:  # a full disk, a damaged file, or an error of matplotlib's own
             warn(f"curve.png is not drawn: {one_line(error)}")
+        finally:
+            sys.setswitchinterval(interval)
 
     def finish(self):
-        """Wait for the last curve, and end the tracker's record. A second call does nothing."""
+        """Wait for the last report, and end the tracker's record. A second call does nothing."""
         self.thread.shutdown()
         self._track("finish")
         self.tracker = None
@@ -193,18 +200,19 @@ def duration(seconds):
     return re.sub("^0:0?(?=.:)|^0:(?=..:)", "", str(timedelta(seconds=round(seconds))))
 
 
-def summary(log_path, tokens, clock, device, recipe):
+def summary(log, tokens, clock, device):
     """Return the last lines of a run: what it took, what it reached, and what to do next."""
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory" if device.type == "cuda" else ""
     lines = [f"finished: {tokens:,} tokens in {duration(time.monotonic() - clock.start)}{memory}"]
-    out_dir, model = quoted(log_path.parent), log_path.parent
-    if losses := validation_losses(log_path):
+    out_dir, model = quoted(log.path.parent), log.path.parent
+    if losses := validation_losses(log.path):
         best, last = min(losses, key=losses.get), max(losses)
         lines.append(f"validation loss: {losses[last]:.4f}, at best {losses[best]:.4f} at step {best}")
         checkpoint = model / "checkpoints" / f"step_{best:06d}"
         model = checkpoint if best < last and checkpoint.exists() else model
-    if checks := check_run(read_log(log_path), recipe):
-        lines.append(f"compared with healthy runs: {describe_checks(checks)}")
+    with suppress(OSError, ValueError):  # the run is saved, so nothing may end it with an error
+        if checks := check_run(read_log(log.path), log.recipe):
+            lines.append(f"compared with healthy runs: {describe_checks(checks)}")
     lines.append(f"log and curve: {out_dir}/log.txt, {out_dir}/curve.png")
     lines.append(f"to generate text: python sample.py --model {quoted(model)}")
     lines.append(
@@ -334,15 +342,15 @@ def check_run(log, recipe):
     skipped, found = logged.get("skipped", {}), {}
     for point in expected_values(recipe):
         updates = range(point.step - point.window, point.step) if point.window else [point.step]
-        values = [logged.get(point.stream, {}).get(i) for i in updates if i not in skipped]
+        values = [logged.get(point.stream, {}).get(i) for i in updates if not (point.window and i in skipped)]
         if values and None not in values:
-            found.setdefault(point.step, []).append(comparison(point, statistics.fmean(values)))
+            found.setdefault(point.step, []).append(comparison(point, sum(values) / len(values)))
     checks = {}
     for step, comparisons in found.items():
         is_expected = all(good for good, _ in comparisons)
         verdict = "as expected" if is_expected else "not as expected, see docs/troubleshooting.md#is-my-run-right"
         texts = [text for good, text in comparisons if good == is_expected]
-        checks[step] = is_expected, f"check {step:4d} | {' | '.join(texts)} | {verdict}"
+        checks[step] = is_expected, f"check {step:5d} | {' | '.join(texts)} | {verdict}"
     return checks
 
 
@@ -359,22 +367,23 @@ def comparison(point, value):
 def describe_checks(checks):
     """Return the result of check_run in a few words."""
     failures = sum(not is_expected for is_expected, _ in checks.values())
-    return f"not as expected at {failures} of {len(checks)} steps" if failures else "as expected"
+    steps = f"{len(checks)} steps, up to {max(checks)}"
+    return f"not as expected at {failures} of {steps}" if failures else f"as expected at all {steps}"
 
 
-def due_checks(log, recipe, step, interval):
-    """Return the lines of check_run that an evaluation prints: its own, and those since the one before that failed."""
+def due_checks(log, recipe, since, step):
+    """Return the line of check_run for a step, and those of the steps after `since` that are not as expected."""
     checks = check_run(log, recipe).items()
-    return [line for at, (good, line) in checks if at == step or (not good and step - interval < at < step)]
+    return [line for at, (good, line) in checks if at == step or (not good and since < at < step)]
 
 
 def has_reference(preset, manifest, val_tokens):
-    """Return whether references.csv describes a preset's runs on the data of a manifest.
-
-    Fewer than 100,000 val_tokens measure the validation loss too inexactly for a comparison.
-    """
-    encoding, source = CHECKED.get(preset, ("none", ""))
-    return manifest["encoding"] == encoding and source in manifest.get("source", "") and val_tokens >= 100_000
+    """Return whether references.csv describes a preset's runs, on the data of a manifest and with val_tokens."""
+    if preset not in CHECKED:
+        return False
+    encoding, source, least = CHECKED[preset]
+    same_data = manifest["encoding"] == encoding and re.search(source, manifest.get("source") or "")
+    return bool(same_data) and val_tokens >= least
 
 
 def main():
@@ -383,7 +392,7 @@ def main():
     parser.add_argument("log", type=Path, help="a log.txt of this project or of build-nanogpt")
     parser.add_argument("--recipe", choices=CHECKED, default="gpt2", help="the preset that the run used")
     args = parser.parse_args()
-    with exit_on_error():
+    with tolerant_output(), exit_on_error():
         if not args.log.is_file():
             raise UserError(f"{args.log} is not a file: give the log.txt of a run")
         checks = check_run(read_log(args.log), args.recipe)

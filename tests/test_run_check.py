@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from support import runlog
 from support.runlog import CHECKED, Expected, check_run, comparison, draw_curve, due_checks, expected_values
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +48,13 @@ def check(path, text, *flags):
 def test_a_public_run_is_as_expected(public_log, tmp_path):
     """A log of build-nanogpt's form passes, and the lines name the values and the reference."""
     code, lines, errors = check(tmp_path / "log.txt", as_text(public_log))
-    assert (code, errors, lines[-1]) == (0, "", "compared with healthy runs: as expected")
+    assert (code, errors, lines[-1]) == (
+        0,
+        "",
+        "compared with healthy runs: as expected at all 78 steps, up to 19072",
+    )
     assert lines[4] == (
-        "check 1000 | val 4.1123 (reference 4.1123) | hella 0.2546 (reference 0.2546) | "
+        "check  1000 | val 4.1123 (reference 4.1123) | hella 0.2546 (reference 0.2546) | "
         "train 4.3202 (reference 4.3202) | as expected"
     )
     assert len(lines) == len(public_log["val"]) + 1
@@ -62,7 +68,7 @@ def test_a_run_that_ends_too_high_is_found(public_log, tmp_path, first):
     wrong = [line for line in lines if "not as expected, see docs/troubleshooting.md#is-my-run-right" in line]
     late = [step for step in log["val"] if step >= max(first, 1250)]  # before, losses fall too fast for 0.18
     assert code == 1 and len(wrong) >= len(late) and "0.18 above the reference" in wrong[-1]
-    assert all(int(line.split()[1]) >= first for line in wrong) and lines[-1].endswith(f"of {len(lines) - 1} steps")
+    assert all(int(line.split()[1]) >= first for line in wrong) and f"of {len(lines) - 1} steps" in lines[-1]
 
 
 def test_gradients_that_are_not_synchronized_are_found(tmp_path):
@@ -87,15 +93,47 @@ def test_nan_is_not_as_expected_and_skipped_updates_do_not_count():
     log = {"train": (list(range(point.window)), [float("nan"), *losses[1:]])}
     assert not check_run(log, "gpt2")[point.step][0]
     assert check_run(log | {"skipped": ([0], [1])}, "gpt2")[point.step][0]
+    skipped_after = {"val": ([250], [99.0]), "skipped": ([250], [1])}  # the evaluation comes before the update
+    assert not check_run(skipped_after, "gpt2")[250][0]
     assert point.step not in check_run({"train": (list(range(1, point.window)), losses[1:])}, "gpt2")
 
 
 def test_an_evaluation_reports_what_failed_since_the_last_one():
     points = [p for p in expected_values("gpt2") if p.stream == "val"]
     log = {"val": ([p.step for p in points], [p.value + (1 if p.step == 750 else 0) for p in points])}
-    assert [line.split()[1] for line in due_checks(log, "gpt2", 1000, 500)] == ["750", "1000"]
-    assert [line.split()[1] for line in due_checks(log, "gpt2", 1250, 250)] == ["1250"]
-    assert not due_checks(log, None, 1000, 500) and not due_checks(log, "gpt2-fast", 1000, 500)
+    assert [line.split()[1] for line in due_checks(log, "gpt2", 500, 1000)] == ["750", "1000"]
+    assert [line.split()[1] for line in due_checks(log, "gpt2", 1000, 1250)] == ["1250"]
+    assert not due_checks(log, None, 500, 1000) and not due_checks(log, "gpt2-fast", 500, 1000)
+
+
+def test_a_check_that_fails_does_not_end_a_run(monkeypatch, tmp_path, capsys):
+    """For example because references.csv is missing: the run is worth more than its check."""
+    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "runlog.py"))
+    log = runlog.Log(tmp_path, GPT2_DATA, "gpt2")
+    log.write(0, val=10.9)
+    log.report(0)
+    log.finish()
+    clock = runlog.Clock(1)
+    assert "references.csv" in capsys.readouterr().err
+    assert "compared" not in runlog.summary(log, 1, clock, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "preset, manifest, val_tokens, expected",
+    [
+        ("gpt2", GPT2_DATA, 1_000_000, True),
+        ("gpt2", GPT2_DATA | {"source": "HuggingFaceFW/fineweb-edu:sample-10BT"}, 10**7, True),
+        ("gpt2", GPT2_DATA, 999_999, False),
+        ("gpt2", GPT2_DATA | {"source": "HuggingFaceFW/fineweb-edu-score-2"}, 10**7, False),
+        ("gpt2", {"encoding": "gpt2", "source": None}, 10**7, False),
+        ("gpt2", GPT2_DATA | {"encoding": "bytes"}, 10**7, False),
+        ("gpt2-fast", GPT2_DATA, 10**7, False),
+        ("demo", {"encoding": "bytes", "source": "stdlib"}, 249_984, True),
+        ("demo", {"encoding": "bytes", "source": "my/stdlib"}, 249_984, False),
+    ],
+)
+def test_only_the_same_data_is_compared(preset, manifest, val_tokens, expected):
+    assert runlog.has_reference(preset, manifest, val_tokens) is expected
 
 
 def test_the_curve_shows_the_healthy_run_up_to_the_last_step():

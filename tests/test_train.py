@@ -468,10 +468,10 @@ def savefig(monkeypatch):
 def test_training_does_not_wait_for_the_curve(tmp_path, savefig):
     """It is drawn on a thread, which gives way to training at once and has ended when the log is finished."""
     (started, release), threads = savefig, threading.active_count()
-    log, curve = Log(tmp_path), tmp_path / "curve.png"
+    log, curve = Log(tmp_path, {"encoding": "gpt2"}), tmp_path / "curve.png"
     for step in range(3):
         log.write(step, train=3.0 - step)
-        log.draw({"encoding": "gpt2"}, None)
+        log.report(step)
     assert started.wait(20) and not curve.exists() and sys.getswitchinterval() < 1e-3
     release.set()
     log.finish()
@@ -494,9 +494,9 @@ def test_a_failed_run_has_its_last_curve(byte_shards, tmp_path, savefig, main):
 def test_a_curve_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
     """The run is worth more than its picture."""
     (tmp_path / "curve.png").mkdir()
-    log = Log(tmp_path)
+    log = Log(tmp_path, {"encoding": "gpt2"})
     log.write(0, val=3.0)
-    log.draw({"encoding": "gpt2"}, None)
+    log.report(0)
     log.finish()
     assert "warning: curve.png is not drawn: " in capsys.readouterr().err
 
