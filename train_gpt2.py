@@ -1,7 +1,7 @@
 """
 Train a GPT-2 from scratch: one file, to be read from top to bottom.
 
-    python train_gpt2.py --preset demo                        a small model, on a CPU, in two minutes
+    python train_gpt2.py --preset demo                        a small model, on a CPU, in three minutes
     python train_gpt2.py                                      GPT-2 124M on one GPU (first: python fineweb.py)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    the same run with the same batches, on eight GPUs
     python train_gpt2.py --resume                             continue an interrupted run, or start if there is none
@@ -1019,7 +1019,8 @@ def print_run(training, config, runtime, resumed_step):
     print0(f"batch: {config.total_batch_tokens:,} tokens = {layout}{ramp if config.batch_ramp_steps else ''}")
     machine = f"{hardware.device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
     print0(f"machine: {machine}, torch {torch.__version__}, {mode}")
-    on = f"{min(config.val_tokens, val_tokens):,} tokens{', beside healthy runs' if training.log.recipe else ''}"
+    compared = ", compared with healthy runs" if training.log.recipe else ""
+    on = f"{min(config.val_tokens, val_tokens):,} tokens{compared}"
     print0(f"evaluation: every {config.eval_interval} steps, on {on}")
     if resumed_step is not None:
         print0(f"resuming {config.out_dir} at step {resumed_step}")

@@ -139,9 +139,9 @@ class Log:
         return min(losses, key=losses.get, default=None)
 
     def report(self, step):
-        """Print how the run compares with healthy ones, and draw OUT/curve.png: on a thread, so that training goes on.
+        """Compare the run with healthy ones and draw OUT/curve.png. A thread does both, so training does not wait.
 
-        A report that waits for an older one is left out when the next one comes, which says the same.
+        If the thread is late, a report that has not started is left out, because the next one includes it.
         """
         if self.job:
             self.job.cancel()
@@ -326,7 +326,9 @@ class Expected(NamedTuple):
 
 
 def expected_values(recipe):
-    """Return the Expected values of healthy runs of a preset, sorted by step. Its name is a key of CHECKED."""
+    """Return the Expected values of healthy runs of a preset, sorted by step; [] if it is not in CHECKED."""
+    if recipe not in CHECKED:
+        return []
     with open(Path(__file__).with_name("references.csv"), newline="") as file:
         rows = [row for row in csv.reader(file) if row[0] == recipe]
     points = [Expected(row[1], int(row[2]), int(row[3]), float(row[4]), float(row[5])) for row in rows]

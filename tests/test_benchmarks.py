@@ -470,8 +470,8 @@ def test_files_are_for_validation_or_for_training(tmp_path):
     rows = [line.split() for line in listing.splitlines() if not line.startswith("#")]
     sizes = {split: [int(row[2]) for row in rows if row[0] == split] for split in ("val", "train")}
     shards = {split: recipes.fineweb.find_shards(folder, split) for split in sizes}
-    for split, of_split in shards.items():
-        tokens = np.concatenate([recipes.fineweb.open_shard(path) for path in of_split])
+    for split, paths in shards.items():
+        tokens = np.concatenate([recipes.fineweb.open_shard(path) for path in paths])
         assert len(tokens) == sum(sizes[split]) + len(sizes[split]) and tokens[0] == 256
         assert np.diff(np.flatnonzero(np.append(tokens, 256) == 256)).tolist() == [size + 1 for size in sizes[split]]
     assert len(shards["val"]) == 1 and sum(sizes["val"]) >= plan.val_tokens - len(sizes["val"])
