@@ -1,7 +1,6 @@
 """What every program here needs: user errors, exit codes, flags, device and precision, atomic writes, the lock."""
 
 import errno
-import importlib.metadata
 import io
 import math
 import os
@@ -140,8 +139,9 @@ def cli(function, arguments: list[str] | None = None, **options):
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
-        torch = importlib.metadata.version("torch")  # importing it takes seconds
-        print(f"revision {git_revision()}, Python {platform.python_version()}, torch {torch}")
+        import torch  # only torch itself knows its build, such as +cu130; its package may be called just 2.13.0
+
+        print(f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}")
         sys.exit()
     return tyro.cli(function, args=arguments, use_underscores=True, **options)
 

@@ -81,7 +81,7 @@ class Log:
     def __init__(self, out_dir, manifest=None, recipe=None):
         self.path, self.manifest, self.recipe = Path(out_dir) / "log.txt", manifest, recipe
         self.unwritten, self.warned, self.tracker = b"", False, None
-        self.thread, self.job, self.reported = ThreadPoolExecutor(max_workers=1), None, None
+        self.thread, self.job, self.reported = ThreadPoolExecutor(1, "report"), None, None
 
     def start_tracker(self, name, settings, step=0):
         """Send the values from `step` on to the package `name`, too. OUT/tracker_id lets a resumed run continue the
