@@ -4,6 +4,7 @@ Compare AdamW with Muon fairly: how many tokens does Muon need to reach AdamW's 
     python benchmarks/recipes.py                  do all runs that are missing, then write the report
     python benchmarks/recipes.py --parts A B      only these parts
     python benchmarks/recipes.py --report         do no runs: report the runs that are done
+    python benchmarks/recipes.py --device cuda    train on a GPU: start eight or more at once to keep it busy
     python benchmarks/recipes.py --tiny           the same with tiny models, in seconds, to test the program
 
 Part A: 0.4M parameters, 4 and 20 tokens per parameter. B: other batch sizes. C and D: 1.3M and 3.1M parameters. The
@@ -15,11 +16,12 @@ significant difference: Welch's t-test between the losses of seeds, p < 0.01. Se
 
 Every run is appended to OUT_DIR/ladder.jsonl when it ends, so a killed program loses only the run that it was doing.
 Several processes with the same --out_dir share the work: each run has a lock. Delete ladder.jsonl after a change of
-the code that changes losses. One thread makes runs repeatable, except for rounding on other machines.
+the code that changes losses. One thread makes runs repeatable, except for rounding on other machines and devices.
 
 The text is the Python code of the standard library and of the packages in SOURCES, in bytes. Each file is either for
 validation or for training, and a content that occurs in several files is used once. No run reads a text twice. The
-files, with their hashes, are listed in ladder_files.txt. Writes ladder.md, .json and .png: see measure.py.
+files, with their hashes, are listed in ladder_files.txt. Another machine has other versions of them: copy the text's
+folder from benchmarks/out/recipes_text and name it with --text. Writes ladder.md, .json and .png: see measure.py.
 """
 
 import hashlib
@@ -46,6 +48,7 @@ from measure import ROOT, describe, make_parser, parse_flags, revision, run_main
 
 import fineweb
 from support.common import UserError
+from support.hardware import device_name
 from support.muon import Muon
 from train_gpt2 import (
     GPTConfig,
@@ -92,12 +95,13 @@ def decay_at(u):
     return 10 ** ((u - 4) / 2) if u > 0 else 0.0
 
 
-SCHEDULES = {"cosine to 0.1": ("cosine", 0.1), "cosine to 0": ("cosine", 0.0), "linear to 0": ("linear", 0.0)}
+SCHEDULES = {"cosine to 0.1": ("cosine", 0.1), "cosine to 0": ("cosine", 0.0), "linear to 0": ("linear", 0.0),
+             "linear to 0.1": ("linear", 0.1)}  # fmt: skip
 AXES = {  # in the order of the search
     "lr": Axis(lambda u: 0.004 * 2**u, -6, 6, same(0)),
     "warmup": Axis(lambda u: min(0.5, 0.04 * 2.5**u), -2, 3, same(0)),  # share of the steps
     "beta2": Axis(lambda u: 1 - 0.05 * 50 ** (-u / 4), 0, 4, same(0)),  # 0.95 … 0.999, at the search's batch
-    "schedule": Axis(lambda u: list(SCHEDULES)[int(u)], 0, 2, same(0), is_choice=True),
+    "schedule": Axis(lambda u: list(SCHEDULES)[int(u)], 0, 2, same(0), is_choice=True),  # the first three
     "factor": Axis(lambda u: 3.0**u, -3, 3, same(0)),  # on the learning rate of embeddings (Muon: of all but matrices)
     "weight_decay": Axis(decay_at, 0, 4, same(2)),  # 0, 0.03, 0.1, 0.3, 1
     "momentum": Axis(lambda u: 1 - 0.1 * 2**-u, -1, 3, {"adamw": 0, "muon": 1}),  # AdamW's beta1; 0.9, and Muon's 0.95
@@ -116,6 +120,7 @@ class Settings:
     factor: float
     weight_decay: float
     momentum: float
+    variant: str = ""  # a change of Muon: see variants.py
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,8 @@ def search(optimizer, plan):
     return min(losses, key=losses.get)
 
 
-def tune_lr(settings, point, share, base_batch):
-    """Search only the learning rate, by factors of two: three runs, and up to two if the best is at an edge.
+def tune_lr(settings, point, share, base_batch, factor=2.0):
+    """Search only the learning rate, by a factor: three runs, and up to two if the best is at an edge.
 
     base_batch: tokens of the batch that the settings are for. The first guess grows with the square root of the batch.
     Return the settings with the best one, and {rate: loss}.
@@ -224,14 +229,38 @@ def tune_lr(settings, point, share, base_batch):
     def at(lr):
         return replace(settings, lr=float(f"{lr:.4g}"), beta2=float(f"{beta2:.6g}"))
 
-    tries = [at(guess / 2), at(guess), at(2 * guess)]
+    tries = [at(guess / factor), at(guess), at(factor * guess)]
     found = yield [point.run(trial, SEARCH_SEED, share) for trial in tries]
     losses = dict(zip(tries, found))
     while len(losses) < 5 and (best := min(losses, key=losses.get)) in (tries[0], tries[-1]):
-        trial = at(best.lr / 2 if best == tries[0] else 2 * best.lr)
+        trial = at(best.lr / factor if best == tries[0] else factor * best.lr)
         tries = [trial, *tries] if best == tries[0] else [*tries, trial]
         (losses[trial],) = yield [point.run(trial, SEARCH_SEED, share)]
     return min(losses, key=losses.get), {trial.lr: losses[trial] for trial in tries}
+
+
+def race(point, slow, fast, shares, grid=SHARES):
+    """Train with both settings: slow with the whole budget, fast with shares of it.
+
+    shares: those that are always run. Others from the grid, a falling list, follow until they enclose slow's loss.
+    Return (slow's losses, {share: fast's losses}, for each seed the share of the tokens at which fast has slow's loss).
+    """
+    seeds = range(FIRST_SEED, FIRST_SEED + point.seeds)
+    targets = yield [point.run(slow, seed) for seed in seeds]
+    found, wanted = {}, sorted(shares)
+    while wanted:
+        losses = yield [point.run(fast, seed, share) for share in wanted for seed in seeds]
+        found |= {share: losses[i * len(seeds) : (i + 1) * len(seeds)] for i, share in enumerate(wanted)}
+        found, wanted = dict(sorted(found.items())), []
+        lowest, highest = min(found), max(found)
+        if lowest != grid[-1] and any(loss <= target for loss, target in zip(found[lowest], targets)):
+            wanted.append(grid[grid.index(lowest) + 1])
+        if highest != grid[0] and any(loss > target for loss, target in zip(found[highest], targets)):
+            wanted.append(grid[grid.index(highest) - 1])
+    whole = point.run(slow, FIRST_SEED).tokens
+    tokens = {share: point.run(fast, FIRST_SEED, share).tokens / whole for share in found}
+    curves = [[(tokens[share], losses[i]) for share, losses in found.items()] for i in range(len(seeds))]
+    return targets, found, [crossing(curve, target) for curve, target in zip(curves, targets)]
 
 
 class Comparison(NamedTuple):
@@ -247,28 +276,14 @@ class Comparison(NamedTuple):
 
 def compare(point, plan):
     """Do all runs of a point, as its task: search the learning rates, then train with other seeds."""
-    settings, rates, seeds = {}, {}, range(FIRST_SEED, FIRST_SEED + point.seeds)
+    settings, rates = {}, {}
     for optimizer, share in (("adamw", point.searched), ("muon", point.searched / 2)):
         settings[optimizer], rates[optimizer] = (yield from search(optimizer, plan)), {}
         if point != plan.points[0]:
             found = yield from tune_lr(settings[optimizer], point, share, plan.points[0].batch)
             settings[optimizer], rates[optimizer] = found
-    whole = point.run(settings["adamw"], FIRST_SEED).tokens
-    targets = yield [point.run(settings["adamw"], seed) for seed in seeds]
-    muon, wanted = {}, sorted(point.shares)
-    while wanted:
-        found = yield [point.run(settings["muon"], seed, share) for share in wanted for seed in seeds]
-        muon |= {share: found[i * len(seeds) : (i + 1) * len(seeds)] for i, share in enumerate(wanted)}
-        muon, wanted = dict(sorted(muon.items())), []
-        lowest, highest = min(muon), max(muon)
-        if lowest != SHARES[-1] and any(loss <= target for loss, target in zip(muon[lowest], targets)):
-            wanted.append(SHARES[SHARES.index(lowest) + 1])
-        if highest != SHARES[0] and any(loss > target for loss, target in zip(muon[highest], targets)):
-            wanted.append(SHARES[SHARES.index(highest) - 1])
-    tokens = {share: point.run(settings["muon"], FIRST_SEED, share).tokens / whole for share in muon}
-    curves = [[(tokens[share], losses[i]) for share, losses in muon.items()] for i in range(len(seeds))]
-    ratios = [crossing(curve, target) for curve, target in zip(curves, targets)]
-    return Comparison(point, settings, rates, targets, muon, ratios)
+    race_result = yield from race(point, settings["adamw"], settings["muon"], point.shares)
+    return Comparison(point, settings, rates, *race_result)
 
 
 def advance(task, losses):
@@ -284,10 +299,14 @@ def advance(task, losses):
         return end.value, []
 
 
-def missing_runs(plan, parts, losses):
-    """Return the runs that can be done next, in order. Empty if all is done."""
+def all_tasks(plan, parts):
+    """Return the tasks of this program, the first ones first."""
     tasks = [search("adamw", plan), search("muon", plan)]
-    tasks += [compare(point, plan) for point in plan.points if point.part in parts]
+    return tasks + [compare(point, plan) for point in plan.points if point.part in parts]
+
+
+def missing_runs(tasks, losses):
+    """Return the runs that can be done next, in order. Empty if all is done."""
     return list(dict.fromkeys(run for task in tasks for run in advance(task, losses)[1]))
 
 
@@ -325,8 +344,12 @@ def make_optimizers(model, settings, config):
     return [adamw, *muon]
 
 
-def train(run, plan, data_dir):
-    """Train a model. Return its validation loss, in nats per byte, or inf if training diverged."""
+def train(run, plan, data_dir, device="cpu", make=make_optimizers):
+    """Train a model. Return its validation loss, in nats per byte, or inf if training diverged.
+
+    make: a function of (model, settings, config) that returns the optimizers.
+    """
+    is_gpu = device == "cuda"
     settings, steps, rows = run.settings, run.tokens // run.batch, run.batch // plan.sequence
     schedule, min_lr_ratio = SCHEDULES[settings.schedule]
     beta1 = settings.momentum if settings.optimizer == "adamw" else TrainConfig.betas[0]
@@ -334,15 +357,16 @@ def train(run, plan, data_dir):
         optimizer=settings.optimizer, lr=settings.lr, schedule=schedule, min_lr_ratio=min_lr_ratio, seed=run.seed,
         weight_decay=settings.weight_decay, betas=(beta1, settings.beta2), max_steps=steps,
         warmup_steps=max(1, round(settings.warmup * steps)), data_dir=str(data_dir), seq_len=plan.sequence,
-        micro_batch=min(16, rows), total_batch_tokens=run.batch, device="cpu", compile="off", hellaswag_file="none",
+        micro_batch=rows if is_gpu else min(16, rows), total_batch_tokens=run.batch, hellaswag_file="none",
+        device=device, compile="off",
     )  # fmt: skip
     shape = GPTConfig(block_size=plan.sequence, n_layer=run.n_layer, n_head=run.n_embd // 32, n_embd=run.n_embd,
-                      flash=False)  # fmt: skip
+                      flash=is_gpu)  # fmt: skip
     runtime = setup_runtime(config)
     training = set_up(shape, config, runtime, None, None)
     if run.tokens > training.loader.num_rows * plan.sequence:
         raise UserError(f"a run of {run.tokens:,} tokens would read the text twice: add packages to SOURCES")
-    optimizers = make_optimizers(training.raw_model, settings, config)
+    optimizers = make(training.raw_model, settings, config)
     for step in range(steps):
         values = train_step(training.model, optimizers, training.scaler, training.loader, step, config, runtime)
         if not all(map(math.isfinite, values)):
@@ -364,12 +388,15 @@ def list_files(source):
             yield f"{source}/{path.relative_to(root).as_posix()}", path.read_bytes()
 
 
-def prepare_text(plan, folder):
-    """Write the shards of the plan's sources into a subfolder of a folder, named by the text's hash.
+def prepare_text(plan, folder, known=None):
+    """Write the shards of the plan's sources into a subfolder of a folder, named by the text's hash. known: a hash that
+    is there already.
 
     Returns (folder of the shards, list of the files as text, with facts in lines that start with #, hash). The files'
     hashes decide their order, and the first ones are the validation split. Two processes may call this at once.
     """
+    if known:
+        return folder / known / "shards", (folder / known / "files.txt").read_text(), known
     texts = {}  # {hash: (name, text)}
     for source in plan.sources:
         for name, contents in sorted(list_files(source)):
@@ -397,6 +424,7 @@ def prepare_text(plan, folder):
         release = platform.python_version() if source == "stdlib" else version(source)
         size, own_digest = sum(int(line.split()[2]) for line in own), hashlib.sha256("".join(own).encode()).hexdigest()
         head.append(f"# {source} {release}: {len(own)} files, {size:,} bytes, sha256 of their list {own_digest[:16]}\n")
+    (folder / "files.txt").write_text("".join(head) + listing)
     return folder / "shards", "".join(head) + listing, digest
 
 
@@ -439,16 +467,20 @@ def claim(run, args):
         yield False
 
 
-def do_runs(plan, args):
-    """Do the runs of args.parts until none is missing. Another process may do some of them."""
-    data_dir, listing, digest = prepare_text(plan, ROOT / "benchmarks" / "out" / "recipes_text")
-    known = {"text": digest, "revision": revision(ROOT)}
+def do_runs(plan, args, make_tasks, make=make_optimizers):
+    """Do the runs of the tasks that make_tasks() returns until none is missing. Another process may do some of them.
+
+    args.records gets them. args.known: a file with runs of another program, which are not done again. make: see train.
+    """
+    data_dir, listing, digest = prepare_text(plan, ROOT / "benchmarks" / "out" / "recipes_text", args.text)
+    known = {"text": digest, "revision": revision(ROOT), "device": device_name(torch.device(args.device))}
     while True:
         records = read_records(args.records)
         if others := {record["text"] for record in records} - {digest}:
             fix = "install the packages with the versions of its report, or give another --out_dir"
             raise UserError(f"{args.records} has runs on another text ({', '.join(others)}): {fix}")
-        missing = missing_runs(plan, args.parts, {record["run"]: record["val"] for record in records})
+        losses = {record["run"]: record["val"] for record in [*read_records(args.known), *records]}
+        missing = missing_runs(make_tasks(), losses)
         if not missing:
             return
         args.files.write_text(listing)
@@ -456,14 +488,14 @@ def do_runs(plan, args):
             with claim(run, args) as is_mine:
                 if is_mine:
                     start, cpu_start = time.perf_counter(), time.process_time()
-                    val = train(run, plan, data_dir)
+                    val = train(run, plan, data_dir, args.device, make)
                     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
                     add_record(args.records, run, val, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1), **known)
                     done = f"{val:.4f} in {seconds:.0f} s, {len(records) + 1} runs done"
                     print(f"{run}: {done}", file=sys.stderr, flush=True)
                     break
         else:
-            time.sleep(5)  # the runs that can be done are being done
+            time.sleep(1)  # the runs that can be done are being done
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -640,6 +672,7 @@ def report(plan, args):
     about = describe() | {
         "rule": "docs/recipe.md, a fair comparison; a difference is significant if Welch's test gives p < 0.01",
         "runs done": f"{len(records)}, {hours[0]:.1f} hours of one thread ({hours[1]:.1f} hours passed)",
+        "devices of the runs": ", ".join(sorted({record.get("device", "cpu") for record in records})),
         "revision of the runs": ", ".join(sorted({record["revision"] for record in records})),
         "text": ", ".join(sorted({record["text"] for record in records})),
     }
@@ -654,9 +687,12 @@ def parse_command_line():
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices="ABCD", default="ABCD", help="the parts to run")
     parser.add_argument("--report", action="store_true", help="do no runs, and report those that are done")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
+    parser.add_argument("--text", help="the hash of a text that is in benchmarks/out/recipes_text already")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few runs, to test the program")
     args = parse_flags(parser, "ladder")
-    args.records, args.files = args.out_dir / f"{args.name}.jsonl", args.out_dir / f"{args.name}_files.txt"
+    args.records = args.known = args.out_dir / f"{args.name}.jsonl"
+    args.files = args.out_dir / f"{args.name}_files.txt"
     return args
 
 
@@ -665,7 +701,7 @@ def main():
     torch.set_num_threads(1)
     plan = TINY_PLAN if args.tiny else PLAN
     if not args.report:
-        do_runs(plan, args)
+        do_runs(plan, args, lambda: all_tasks(plan, args.parts))
     report(plan, args)
 
 

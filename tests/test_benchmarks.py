@@ -27,6 +27,7 @@ import recipes
 import saving
 import scale
 import torch
+import variants
 from count_step import count_fsdp_step, count_step
 from helpers import save_model
 
@@ -536,7 +537,8 @@ def test_recipes(main, tmp_path, one_thread):
         assert 0 < entry["mean"] == pytest.approx(math.exp(np.mean(np.log(row["ratios"]))))
         assert (entry["low"] is None) == (entry["n"] == 1) and entry["tokens_per_parameter"] in (0.25, 0.1)
     losses = {record["run"]: record["val"] for record in after}
-    assert recipes.missing_runs(recipes.TINY_PLAN, "ABCD", losses) == [] and (tmp_path / "ladder.png").exists()
+    assert recipes.missing_runs(recipes.all_tasks(recipes.TINY_PLAN, "ABCD"), losses) == []
+    assert (tmp_path / "ladder.png").exists()
     for optimizer in OPTIMIZERS:
         searches = [run for run in losses if run.seed == 1 and run.settings.optimizer == optimizer]
         assert sum((run.batch, run.n_embd) == (256, 32) for run in searches) == 4
@@ -550,6 +552,111 @@ def test_runs_on_another_text_are_refused(main, tmp_path, one_thread):
     recipes.add_record(tmp_path / "ladder.jsonl", run, 1.0, text="another")
     with pytest.raises(UserError, match=r"runs on another text \(another\)"):
         main(recipes, ["--tiny", "--out_dir", tmp_path])
+
+
+def test_a_text_of_another_machine_can_be_used(tmp_path):
+    """Its folder holds the list of its files, too."""
+    folder, listing, digest = recipes.prepare_text(recipes.TINY_PLAN, tmp_path)
+    (tmp_path / digest).rename(tmp_path / "other")
+    assert recipes.prepare_text(recipes.TINY_PLAN, tmp_path, "other") == (
+        tmp_path / "other" / "shards", listing, "other"
+    )  # fmt: skip
+
+
+def optimizers_after_steps(settings, steps=20, seed=0, watch=None):
+    """Train a tiny model with variants.py's optimizers on random gradients. Return the model."""
+    torch.manual_seed(seed)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=4, n_embd=32))
+    config = train_gpt2.TrainConfig(optimizer="muon", lr=0.01, weight_decay=settings.weight_decay, max_steps=steps)
+    optimizers = variants.make_changed(model, settings, config)
+    for step in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (1 - step / steps)
+            optimizer.step()
+        if watch is not None:
+            watch.append([parameter.detach().clone() for parameter in model.parameters()])
+    return model
+
+
+def test_no_change_is_the_presets_muon():
+    """The class of the changes, without a change, does what support/muon.py does."""
+    muon = recipes.Settings("muon", 0.01, 0.1, 0.95, "linear to 0", 1.0, 0.1, 0.95)
+    plain = optimizers_after_steps(muon)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "make_changed", lambda model, settings, config: [
+            (group := variants.make_optimizers(model, settings, config))[0],
+            variants.ChangedMuon(group[1], set(), config.max_steps, 8),
+        ])  # fmt: skip
+        changed = optimizers_after_steps(muon)
+    for a, b in zip(plain.parameters(), changed.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_changes_of_muon():
+    """Each change has the effect that it is named for."""
+    muon = recipes.Settings("muon", 0.01, 0.1, 0.95, "linear to 0", 1.0, 0.1, 0.95)
+    plain = dict(optimizers_after_steps(muon).named_parameters())
+    name = "transformer.h.0.attn.c_attn.weight"
+    for change, tried in variants.changed(muon).items():
+        weights = dict(optimizers_after_steps(tried).named_parameters())
+        if tried.variant:
+            moved = {key for key in plain if not torch.allclose(weights[key], plain[key], atol=1e-6)}
+            assert moved, change
+            assert not change.startswith("vectors") or moved == {key for key in plain if plain[key].dim() == 1}
+            assert change != "head pairs" or moved == {name}
+    history = []
+    average = optimizers_after_steps(recipes.replace(muon, variant="tail average"), watch=history)
+    before = []
+    optimizers_after_steps(muon, watch=before)
+    expected = [torch.stack(each).mean(dim=0) for each in zip(*before[17:])]  # after the steps 18, 19 and 20 of 20
+    for found, mean in zip(average.parameters(), expected, strict=True):
+        assert torch.allclose(found, mean, atol=1e-6)
+    heavy = recipes.replace(muon, weight_decay=1.0)
+    norms = {
+        change: dict(optimizers_after_steps(recipes.replace(heavy, variant=change)).named_parameters())[name].norm()
+        for change in ("", "cautious", "falling decay")
+    }
+    assert norms["cautious"] > norms[""] and norms["falling decay"] > norms[""]  # both decay less
+
+
+def test_ema_nesterov_looks_ahead_only_in_the_middle():
+    """The point ahead is that of the paper's formulas, for the same steps from point to point."""
+    weight, steps = torch.nn.Parameter(torch.zeros(3)), 100
+    model = torch.nn.ParameterList([weight])
+    optimizer = variants.EMANesterov(model, steps)
+    base, average, ahead = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    for done in range(1, steps + 1):
+        lr, move = 1 - done / 200, torch.full((3,), float(done))
+        with torch.no_grad():
+            weight += lr * move
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        new = ahead + lr * move  # A(x + beta m)
+        average = average + 0.32 * (new - base - average)
+        base, ahead = new, new
+        if 16 <= done < 76:
+            ahead = new + 0.6 * lr / (1 - 16 / 200) * average
+        assert torch.allclose(weight, ahead), done
+    assert torch.equal(weight, base)
+
+
+def test_variants(main, tmp_path, one_thread):
+    """All three questions are answered, from the searches that recipes.py has done."""
+    known = tmp_path / "ladder.jsonl"
+    assert main(recipes, ["--tiny", "--out_dir", tmp_path, "--parts", "C"])[0] == 0  # only the searches
+    code, stdout, _ = main(variants, ["--tiny", "--out_dir", tmp_path, "--known", known])
+    result = read_report(tmp_path, "variants", stdout)
+    assert code == 0 and [row["n"] for row in result["rows"] if row["question"] == "tuned"] == [5] * 4
+    names = {row["name"] for row in result["rows"] if row["question"] == "changes" and row["n"] == 10}
+    assert {"searched", "gpt2-fast", *variants.changed(recipes.Settings("muon", *[0.1] * 7))} <= names
+    assert len([row for row in result["rows"] if row["question"] == "transfer"]) == 4
+    runs = {record["run"] for record in recipes.read_records(tmp_path / "variants.jsonl")}
+    assert not runs & {record["run"] for record in recipes.read_records(known)}  # none was done again
+    assert variants.best_rate({1: 2.0, 2: 1.0, 4: 2.0}) == 2 and variants.best_rate({1: 1.0, 2: 2.0}) is None
+    assert 2 < variants.best_rate({1: 2.0, 2: 1.0, 4: 1.5}) < 2 * 2**0.5
 
 
 @pytest.mark.parametrize("name, beta1", [("gpt2-fast", 0.95), ("gpt2", 0.9)])
