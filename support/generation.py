@@ -4,12 +4,16 @@ A new token of one sequence multiplies every weight matrix by a single vector, s
 weights. `prepare` therefore stores them in fewer bytes and in the order in which the processor reads them.
 """
 
+import warnings
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from support.common import pick_dtype
 
+STEPS = 63  # of FBGEMM's inputs: its sums of two products stay below 2^15, the largest number that old processors hold
+FBGEMM_ROWS = 64  # vectors of a product; the time of more grows faster than their number
 INT8_ROWS = 16  # up to this many vectors, the int8 kernel is the fastest; above, a product with dequantized weights is
 
 
@@ -79,6 +83,53 @@ def quantize(weight, dtype):
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
+def has_fbgemm(weight):
+    """Return whether FBGEMM, a library for x86 processors, can multiply int8 weights here. torch may remove it."""
+    has_kernel = hasattr(torch, "fbgemm_linear_int8_weight_fp32_activation")
+    is_built = "fbgemm" in torch.backends.quantized.supported_engines
+    return weight.device.type == "cpu" and weight.size(1) > 1 and has_kernel and is_built
+
+
+class FBGEMMLinear(nn.Module):
+    """A linear layer with int8 weights for x86 processors, with float32 inputs and outputs.
+
+    FBGEMM multiplies int8 by int8, as fast as it can read the weights. So that 8 bits of the inputs suffice, each
+    vector becomes two: in steps of 1/63 of its largest element, and what is missing, in steps 126 times finer. The two
+    are rows of one product. Their sum is more exact than bfloat16.
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        weight, scale = quantize(weight, torch.float32)
+        self.register_buffer("weight", weight[:1, :1].expand(weight.shape))  # the kernel needs only its shape
+        self.register_buffer("sums", weight.sum(dim=1, dtype=torch.int32))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias)
+        self.register_buffer("no_bias", torch.zeros(len(weight)))
+        # FBGEMM divides the range of all its inputs into 255 steps. With this row they are 1/63, and 0 is the 64th.
+        self.register_buffer("range", torch.zeros(1, weight.size(1)))
+        self.range[0, 0], self.range[0, 1] = 191 / STEPS, -64 / STEPS
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated: see has_fbgemm
+            self.packed = torch.fbgemm_pack_quantized_matrix(weight)
+            self(torch.zeros(1, weight.size(1)))  # warns once, here
+
+    def forward(self, x):
+        y = [self.product(rows) for rows in x.flatten(0, -2).split(FBGEMM_ROWS)]
+        return torch.cat(y).view(*x.shape[:-1], -1)
+
+    def product(self, x):
+        """Multiply vectors x (n, in). Return (n, out)."""
+        n, largest = len(x), torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
+        x = x / largest
+        coarse = torch.fake_quantize_per_tensor_affine(x, 1 / STEPS, 0, -STEPS, STEPS)
+        fine = x.sub_(coarse).mul_(2 * STEPS)  # at most half a step, so now at most 1
+        y = torch.fbgemm_linear_int8_weight_fp32_activation(
+            torch.cat((coarse, fine, self.range)), self.weight, self.packed, self.sums, 1.0, 0, self.no_bias
+        )
+        return torch.addcmul(self.bias, y[:n].add_(y[n : 2 * n], alpha=0.5 / STEPS), largest * self.scale)
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights. It converts its inputs to a float dtype, which its outputs have."""
 
@@ -111,6 +162,8 @@ def prepare(gpt, dtype, rows=1):
     activations = torch.float32 if old_gpu else torch.bfloat16  # of int8: sums of int8 weights overflow float16
 
     def fast(weight, bias=None):
+        if dtype == "int8" and has_fbgemm(weight):
+            return FBGEMMLinear(weight.detach(), bias)
         if dtype == "int8":
             return Int8Linear(weight.detach(), bias, activations)
         return CastLinear(weight.detach(), bias, getattr(torch, dtype), rows)
@@ -123,4 +176,8 @@ def prepare(gpt, dtype, rows=1):
         # The logits of GPT-2 are near -100, where the numbers of bfloat16 are 0.5 apart. Without the mean row they are
         # near 0, where they are closer. This adds the same number to all logits of a token: the softmax stays the same.
         table = table - table[: gpt.config.vocab_size].mean(dim=0)
-    gpt.lm_head = fast(table)
+    bias = None
+    if dtype == "int8":  # its rounding would change the logits of all positions by the same amount: this undoes that
+        steps, scale = quantize(table, torch.float32 if has_fbgemm(table) else activations)
+        bias = (table - steps * scale[:, None].float()) @ gpt.transformer.ln_f.bias
+    gpt.lm_head = fast(table, bias)

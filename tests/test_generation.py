@@ -11,7 +11,8 @@ from helpers import save_model
 
 import fineweb
 import sample
-from support.generation import INT8_ROWS, Int8Linear, prepare, quantize
+from support import generation
+from support.generation import FBGEMM_ROWS, INT8_ROWS, FBGEMMLinear, Int8Linear, prepare, quantize
 from support.tokenizer import GrowingText
 from train_gpt2 import GPT, GPTConfig
 
@@ -75,6 +76,58 @@ def test_int8_products(shape):
         expected = F.linear(x, quantized * scale[:, None].float(), bias)
         assert layer(x).shape == expected.shape
         assert (layer(x).float() - expected).norm() < 0.01 * expected.norm()
+
+
+needs_fbgemm = pytest.mark.skipif(not generation.has_fbgemm(torch.zeros(1, 2)), reason="torch has no FBGEMM here")
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("shape", [(96, 64), (24, 64), (20, 12), (128, 33), (3, 2)])
+def test_fbgemm_products(shape):
+    """The product with the rounded weights, more exact than bfloat16, also for a vector beside much larger ones."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    quantized, scale = quantize(weight, torch.float32)
+    layer = FBGEMMLinear(weight, bias)
+    for size in ((1,), (1, 1), (2, 5), (3, FBGEMM_ROWS)):
+        x = torch.randn(*size, shape[1])
+        x *= torch.logspace(-3, 3, len(x)).view(-1, *[1] * (x.dim() - 1))
+        expected = F.linear(x, quantized * scale[:, None])
+        found = layer(x) - bias
+        assert found.shape == expected.shape
+        errors, sizes = (
+            (found - expected).flatten(0, -2).norm(dim=-1),
+            x.flatten(0, -2).norm(dim=-1) * scale.norm() * 127,
+        )
+        assert (errors < 4e-4 * sizes).all()
+    assert layer(torch.zeros(2, shape[1])).equal(bias.expand(2, -1))
+
+
+@needs_fbgemm
+def test_sums_of_two_products_fit_in_16_bits():
+    """Old processors add two products of an input (as 0 to 255) and a weight in 16 bits: the largest ones fit."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = torch.fbgemm_linear_int8_weight_fp32_activation
+        layer = FBGEMMLinear(torch.randn(8, 64), None)
+        patch.setattr(
+            torch, "fbgemm_linear_int8_weight_fp32_activation", lambda x, *more: seen.append(x) or kernel(x, *more)
+        )
+        layer(torch.randn(5, 64))
+    (rows,) = seen
+    low, step = rows.min(), (rows.max() - rows.min()) / 255
+    levels = ((rows[:-1] - low) / step).round()  # without the row that only sets the range
+    assert (
+        step == pytest.approx(1 / 63, rel=1e-6) and levels.max() * 127 * 2 < 2**15 and levels.max() - levels.min() > 120
+    )
+
+
+def test_int8_without_fbgemm(trained, text_ids, monkeypatch):
+    """Other processors, and a torch that has removed it, use torch's other kernel."""
+    monkeypatch.setattr(generation, "has_fbgemm", lambda weight: False)
+    gpt = prepared(trained, "int8")
+    assert isinstance(gpt.lm_head, Int8Linear)
+    assert abs(loss_of(gpt, text_ids[5000:5400]) - loss_of(trained, text_ids[5000:5400])) < 0.001
 
 
 def test_float32_chooses_the_same_ids(trained, text_ids):
