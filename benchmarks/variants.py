@@ -8,7 +8,7 @@ Try better hyperparameters and changes of Muon: what is significantly better tha
 It starts from the searches of recipes.py, whose runs it takes from --known, and has the same text, rule, seeds and
 resumption. It answers three questions:
 
-1. tuned: how many of the lecture's tokens does an AdamW with the found hyperparameters need (preset gpt2-tuned)?
+1. tuned: how many of the lecture's tokens does an AdamW need that was searched, and how many preset gpt2-tuned?
 2. changes: which changes of the searched Muon lower the loss? Each has its own search of the learning rate (by factors
    of the square root of two) and ten seeds. Those that win at the first size, with p < 0.01, run at the second one, and
    all of them together at both, against today's gpt2-fast.
@@ -49,6 +49,7 @@ from recipes import (
 from support.muon import orthogonalize
 
 LECTURE = Settings("adamw", 0.004, 0.0375, 0.95, "cosine to 0.1", 1.0, 0.1, 0.9)  # at 124M: 6e-4, warmup 715 of 19,073
+TUNED = Settings("adamw", 0.004, 0.1, 0.95, "linear to 0", 1.0, 0.1, 0.8)  # gpt2-tuned
 FAST = Settings("muon", 0.016, 0.0375, 0.95, "linear to 0", 1.0, 0.1, 0.95)  # gpt2-fast: warmup 358 of 9,536
 SEEDS, ROOT_TWO = 10, 2**0.5
 GRID = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]  # shares of the tokens, for question 2
@@ -191,14 +192,16 @@ def trained(settings, point, base, factor=ROOT_TWO):
     return found, losses
 
 
-def tuned(point, plan):
-    """Question 1 at a point. Return (the lecture's settings, the found ones, the result of their race)."""
+def tuned(point, plan, preset=False):
+    """Question 1 at a point, for the searched AdamW or for the preset. Return (the lecture's settings, the found ones,
+    the result of their race).
+    """
     base = plan.points[0]
-    point = replace(point, seeds=5)
     slow, _ = yield from tune_lr(LECTURE, point, 1.0, base.batch)
-    fast = yield from search("adamw", plan)
-    if point.parameters != base.parameters:
+    fast = TUNED if preset else (yield from search("adamw", plan))
+    if preset or point.parameters != base.parameters:
         fast, _ = yield from tune_lr(fast, point, 1.0, base.batch)
+    point = replace(point, seeds=3 if preset else 5)
     return slow, fast, (yield from race(point, slow, fast, [1.0, *GRID[3:5]], GRID))
 
 
@@ -258,7 +261,8 @@ def transfer(point, plan, falls):
 
 def all_tasks(points, plan, parts):
     """Return the tasks that these parts need, the first ones first."""
-    tasks = {"tuned": [tuned(point, plan) for point in points], "changes": [second_pass(points, plan)]}
+    tasks = {"tuned": [tuned(point, plan, preset) for point in points for preset in (False, True)]}
+    tasks["changes"] = [second_pass(points, plan)]
     larger = TRANSFER if plan is PLAN else points
     tasks["transfer"] = [transfer(point, plan, falls) for falls in (False, True) for point in larger]
     return [task for part in parts for task in tasks[part]]
@@ -318,10 +322,9 @@ def report(points, plan, args):
     losses = {record["run"]: record["val"] for path in (args.known, args.records) for record in read_records(path)}
     rows = []
     for point in points:
-        result, _ = advance(tuned(point, plan), losses)
-        if result:
-            slow, fast, won = result
-            rows += race_rows("tuned", point, ("the lecture's AdamW", "AdamW, searched"), slow, fast, won)
+        for preset, name in ((False, "AdamW, searched"), (True, "gpt2-tuned")):
+            result, _ = advance(tuned(point, plan, preset), losses)
+            rows += race_rows("tuned", point, ("the lecture's AdamW", name), *result) if result else []
     result, _ = advance(second_pass(points, plan), losses)
     if result:
         found, adopted, races = result
