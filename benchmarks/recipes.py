@@ -644,14 +644,17 @@ def draw(comparisons):
     entries = [entry for entry in map(ratio_entry, comparisons) if entry["mean"]]
     base = entries[0]
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), panels.items()):
-        for entry in entries:
-            if all(entry[other] == base[other] for other in panels if other != key):
-                low, high = entry["low"] or entry["mean"], entry["high"] or entry["mean"]
-                errors = [[entry["mean"] - low], [high - entry["mean"]]]
-                axes.errorbar(entry[key], entry["mean"], errors, color="C0", marker="o", ms=4, capsize=3)
+        shown = [entry for entry in entries if all(entry[other] == base[other] for other in panels if other != key)]
+        for entry in shown:
+            low, high = entry["low"] or entry["mean"], entry["high"] or entry["mean"]
+            errors = [[entry["mean"] - low], [high - entry["mean"]]]
+            axes.errorbar(entry[key], entry["mean"], errors, color="C0", marker="o", ms=4, capsize=3)
         for (name, (size, ratio)), marker in zip(PUBLISHED.items() if key == "parameters" else (), "s^"):
             axes.plot(size, ratio, marker, color="gray", label=f"published: {name}")
         axes.set(xlabel=label, xscale="log", ylim=(0, 1.05))
+        if key != "parameters":
+            axes.set_xticks([entry[key] for entry in shown], [f"{entry[key]:,}" for entry in shown])
+            axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.axhline(1, color="gray", lw=1)
     figure.axes[0].set_ylabel("Muon's tokens / AdamW's tokens")
