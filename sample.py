@@ -50,7 +50,7 @@ def command(
         top_p: of these, sample only from the most likely ones that together have this probability (1: all)
         seed: the seed of the sampling; the same seed gives the same samples
         stop: end a sample where the model generates <|endoftext|>
-        dtype: of the weights: auto, float32, bfloat16 or int8; auto is bfloat16 if the hardware has it, else float32
+        dtype: of the weights: auto, float32, bfloat16 or int8; auto is bfloat16 on a CPU that has it, else float32
         int8: the same as --dtype int8
         device: auto, cuda, mps or cpu; auto is the first of these that is available
     """
@@ -61,7 +61,9 @@ def command(
     gpt = GPT.from_pretrained(name, flag="--model").to(device).eval()
     if not all(parameter.isfinite().all() for parameter in gpt.parameters()):
         raise UserError(f"--model {model} has weights that are not finite: give an earlier checkpoint")
-    prepare(gpt, str(pick_dtype(dtype, gpt.lm_head.weight.device.type)).removeprefix("torch."), rows=num_samples)
+    if dtype == "auto":  # on a GPU float32 is the fastest, because starting the kernels takes most of a token's time
+        dtype = str(pick_dtype("auto", "cpu")).removeprefix("torch.") if device == "cpu" else "float32"
+    prepare(gpt, dtype, rows=num_samples)
     encode, decode = load_tokenizer(name, gpt.config.vocab_size)
     ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)  # (B, T)
     if not ids.size(1):

@@ -141,9 +141,9 @@ class TrainConfig:
 # not divide 2048. All presets train on 10B tokens; for the paper's 300B: --max_steps 572205, and 286102 for the 1.3B.
 PRESETS = {
     "gpt2": (GPTConfig(), TrainConfig()),
-    # experimental: one model of 0.4M parameters needed less than half of AdamW's tokens; docs/recipe.md has the limits
-    # of that figure. The learning rate is a starting point, not measured at this size: on the small model the best one
-    # was two to eight times AdamW's. Muon's updates have AdamW's size at any width, so its rate scales alike: 4 x 6e-4.
+    # experimental, like the next one: chosen on models of 0.4M to 3M parameters, and extrapolated (docs/recipe.md)
+    "gpt2-tuned": (GPTConfig(), TrainConfig(preset="gpt2-tuned", lr=1.5e-3, betas=(0.8, 0.95), schedule="linear",
+                                            min_lr_ratio=0.0, max_steps=14305, warmup_steps=1430)),
     "gpt2-fast": (GPTConfig(), TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear",
                                            min_lr_ratio=0.0, max_steps=9536, warmup_steps=358)),
     # OpenAI's model continues with your text: python train_gpt2.py --preset finetune --source my.txt. Small texts need

@@ -108,7 +108,7 @@ def card_row(key, peaks, args):
 
 
 def parse_command_line():
-    parser, skipped = make_parser(__doc__), {"demo", "gpt2-fast"}  # for a CPU; of the shape of gpt2
+    parser, skipped = make_parser(__doc__), {"demo", "gpt2-fast", "gpt2-tuned"}  # for a CPU; of the shape of gpt2
     presets = [name for name in PRESETS if name not in skipped]
     parser.add_argument("--presets", nargs="+", default=presets, choices=list(PRESETS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8, 64, 512], help="numbers of GPUs")

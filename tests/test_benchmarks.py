@@ -659,7 +659,7 @@ def test_variants(main, tmp_path, one_thread):
     assert 2 < variants.best_rate({1: 2.0, 2: 1.0, 4: 1.5}) < 2 * 2**0.5
 
 
-@pytest.mark.parametrize("name, beta1", [("gpt2-fast", 0.95), ("gpt2", 0.9)])
+@pytest.mark.parametrize("name, beta1", [("gpt2-fast", 0.95), ("gpt2", 0.9), ("gpt2-tuned", 0.8)])
 def test_the_preset_is_what_is_compared(name, beta1, tmp_path, text_shards, one_thread):
     """With a preset's hyperparameters, recipes.py trains as train_gpt2.py does."""
     model = "--n_layer 2 --n_head 4 --n_embd 128 --block_size 128 --seq_len 128 --no_flash --compile off".split()
@@ -667,12 +667,23 @@ def test_the_preset_is_what_is_compared(name, beta1, tmp_path, text_shards, one_
     quiet = "--val_tokens 4096 --sample_interval 0 --hellaswag_file none --eval_interval 100 --device cpu".split()
     files = ["--data_dir", str(text_shards), "--out_dir", str(tmp_path / "out")]
     train_gpt2.main(["--preset", name, *model, *run, *quiet, *files])
-    schedule = "linear to 0" if name == "gpt2-fast" else "cosine to 0.1"
+    schedule = "cosine to 0.1" if name == "gpt2" else "linear to 0"
     optimizer = train_gpt2.PRESETS[name][1].optimizer
     settings = recipes.Settings(optimizer, 0.016, 0.05, 0.95, schedule, 1.0, 0.1, beta1)
     plan = recipes.Plan((), val_tokens=4096)
     loss = recipes.train(recipes.Run(2, 128, 2048, 20 * 2048, 2, settings), plan, text_shards)
     assert loss == pytest.approx(read_log(tmp_path / "out" / "log.txt")["val"][1][-1], abs=1e-4)
+
+
+def test_variants_start_from_the_presets():
+    """Their warmup, schedule, weight decay and averages, as shares of the run; the learning rate is searched."""
+    for name, settings in {"gpt2": variants.LECTURE, "gpt2-tuned": variants.TUNED, "gpt2-fast": variants.FAST}.items():
+        preset = train_gpt2.PRESETS[name][1]
+        assert settings.warmup == pytest.approx(preset.warmup_steps / preset.max_steps, rel=0.01)
+        assert recipes.SCHEDULES[settings.schedule] == (preset.schedule, preset.min_lr_ratio)
+        assert (settings.optimizer, settings.weight_decay) == (preset.optimizer, preset.weight_decay)
+        momentum = preset.betas[0] if preset.optimizer == "adamw" else train_gpt2.Muon.momentum
+        assert (settings.momentum, settings.beta2, settings.factor) == (momentum, preset.betas[1], 1.0)
 
 
 def test_hyperparameters_reach_the_optimizers():
