@@ -143,7 +143,7 @@ PRESETS = {
     "gpt2": (GPTConfig(), TrainConfig()),
     # experimental, like the next one: chosen on models of 0.4M to 3M parameters, and extrapolated (docs/recipe.md)
     "gpt2-tuned": (GPTConfig(), TrainConfig(preset="gpt2-tuned", lr=1.5e-3, betas=(0.8, 0.95), schedule="linear",
-                                            min_lr_ratio=0.0, max_steps=14305, warmup_steps=1430)),
+                                            min_lr_ratio=0.0, max_steps=14305, warmup_steps=3576)),
     "gpt2-fast": (GPTConfig(), TrainConfig(preset="gpt2-fast", optimizer="muon", lr=2.4e-3, schedule="linear",
                                            min_lr_ratio=0.0, max_steps=9536, warmup_steps=358)),
     # OpenAI's model continues with your text: python train_gpt2.py --preset finetune --source my.txt. Small texts need

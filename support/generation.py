@@ -65,11 +65,12 @@ class CastLinear(nn.Module):
         weight = weight.to(dtype)
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default if self.packed else None  # finding it takes 6 us
 
     def forward(self, x):
         x = x.to(self.dtype)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return self.multiply(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
 

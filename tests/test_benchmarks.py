@@ -683,7 +683,8 @@ def test_variants_start_from_the_presets():
         assert recipes.SCHEDULES[settings.schedule] == (preset.schedule, preset.min_lr_ratio)
         assert (settings.optimizer, settings.weight_decay) == (preset.optimizer, preset.weight_decay)
         momentum = preset.betas[0] if preset.optimizer == "adamw" else train_gpt2.Muon.momentum
-        assert (settings.momentum, settings.beta2, settings.factor) == (momentum, preset.betas[1], 1.0)
+        assert (settings.momentum, settings.factor) == (momentum, 1.0)
+        assert settings.beta2 == preset.betas[1] or name == "gpt2-tuned"  # docs/recipe.md says why
 
 
 def test_hyperparameters_reach_the_optimizers():
