@@ -26,7 +26,7 @@ from measure import describe, make_parser, parse_flags, require_checkouts, revis
 
 from support.checkpoints import newest_checkpoint
 from support.common import pick_device
-from support.generation import CastLinear, Int8Linear, prepare
+from support.generation import CastLinear, FBGEMMLinear, Int8Linear, prepare
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
@@ -106,7 +106,7 @@ def read_rate(device, gigabytes=0.5):
 
 def least_seconds(model, rate):
     """Return the least seconds of a token: reading all matrices at this rate. Of an embedding, only one row is read."""
-    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D, CastLinear, Int8Linear)
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D, CastLinear, FBGEMMLinear, Int8Linear)
     return megabytes(module for module in model.modules() if isinstance(module, kinds)) * 1e6 / rate
 
 

@@ -69,8 +69,8 @@ class CastLinear(nn.Module):
 
     def forward(self, x):
         x = x.to(self.dtype)
-        if self.packed:
-            return self.multiply(x, self.weight, self.bias, "none", [], "")
+        if self.packed:  # attention to one new token is several times slower in bfloat16
+            return self.multiply(x, self.weight, self.bias, "none", [], "").float()
         return F.linear(x, self.weight, self.bias)
 
 
@@ -104,27 +104,29 @@ class FBGEMMLinear(nn.Module):
         weight, scale = quantize(weight, torch.float32)
         self.register_buffer("weight", weight[:1, :1].expand(weight.shape))  # the kernel needs only its shape
         self.register_buffer("sums", weight.sum(dim=1, dtype=torch.int32))
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale / STEPS)
         self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias)
         self.register_buffer("no_bias", torch.zeros(len(weight)))
-        # FBGEMM divides the range of all its inputs into 255 steps. With this row they are 1/63, and 0 is the 64th.
+        # FBGEMM rounds its inputs to 255 steps between the least and the largest. With this row a step is 1.
         self.register_buffer("range", torch.zeros(1, weight.size(1)))
-        self.range[0, 0], self.range[0, 1] = 191 / STEPS, -64 / STEPS
+        self.range[0, 0], self.range[0, 1] = 191, -64
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated: see has_fbgemm
             self.packed = torch.fbgemm_pack_quantized_matrix(weight)
             self(torch.zeros(1, weight.size(1)))  # warns once, here
 
     def forward(self, x):
-        y = [self.product(rows) for rows in x.flatten(0, -2).split(FBGEMM_ROWS)]
-        return torch.cat(y).view(*x.shape[:-1], -1)
+        rows = x.flatten(0, -2)
+        few = len(rows) <= FBGEMM_ROWS
+        y = self.product(rows) if few else torch.cat([self.product(part) for part in rows.split(FBGEMM_ROWS)])
+        return y.view(*x.shape[:-1], -1)
 
     def product(self, x):
         """Multiply vectors x (n, in). Return (n, out)."""
         n, largest = len(x), torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
-        x = x / largest
-        coarse = torch.fake_quantize_per_tensor_affine(x, 1 / STEPS, 0, -STEPS, STEPS)
-        fine = x.sub_(coarse).mul_(2 * STEPS)  # at most half a step, so now at most 1
+        x = x * (STEPS / largest)
+        coarse = x.round()
+        fine = x.sub_(coarse).mul_(2 * STEPS)  # at most half a step, so now at most 63, too
         y = torch.fbgemm_linear_int8_weight_fp32_activation(
             torch.cat((coarse, fine, self.range)), self.weight, self.packed, self.sums, 1.0, 0, self.no_bias
         )
