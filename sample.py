@@ -61,8 +61,8 @@ def command(
     gpt = GPT.from_pretrained(name, flag="--model").to(device).eval()
     if not all(parameter.isfinite().all() for parameter in gpt.parameters()):
         raise UserError(f"--model {model} has weights that are not finite: give an earlier checkpoint")
-    if dtype == "auto":  # on a GPU float32 is the fastest, because starting the kernels takes most of a token's time
-        dtype = str(pick_dtype("auto", "cpu")).removeprefix("torch.") if device == "cpu" else "float32"
+    if dtype == "auto":  # on an H200 float32 is the fastest, because starting the kernels takes most of a token's time
+        dtype = str(pick_dtype("auto", "cpu")).removeprefix("torch.") if device.startswith("cpu") else "float32"
     prepare(gpt, dtype, rows=num_samples)
     encode, decode = load_tokenizer(name, gpt.config.vocab_size)
     ids = torch.tensor(encode(prompt), dtype=torch.long, device=device).expand(num_samples, -1)  # (B, T)

@@ -388,15 +388,24 @@ def list_files(source):
             yield f"{source}/{path.relative_to(root).as_posix()}", path.read_bytes()
 
 
+def list_hash(lines):
+    """Return the hash that names a text, of the lines that list its files."""
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
 def prepare_text(plan, folder, known=None):
-    """Write the shards of the plan's sources into a subfolder of a folder, named by the text's hash. known: a hash that
-    is there already.
+    """Write the shards of the plan's sources into a subfolder of a folder, named by the text's hash. known: the hash of
+    a text that is there already. Raises UserError if it is not.
 
     Returns (folder of the shards, list of the files as text, with facts in lines that start with #, hash). The files'
     hashes decide their order, and the first ones are the validation split. Two processes may call this at once.
     """
     if known:
-        return folder / known / "shards", (folder / known / "files.txt").read_text(), known
+        path = folder / known / "files.txt"
+        listing = path.read_text() if path.exists() else ""
+        if list_hash(line for line in listing.splitlines(keepends=True) if not line.startswith("#")) != known:
+            raise UserError(f"--text {known}: {path} is missing or of another text: copy the whole folder")
+        return folder / known / "shards", listing, known
     texts = {}  # {hash: (name, text)}
     for source in plan.sources:
         for name, contents in sorted(list_files(source)):
@@ -408,8 +417,7 @@ def prepare_text(plan, folder, known=None):
         val_tokens += tokens if split == "val" else 0
         lines.append(f"{split} {digest[:16]} {tokens - 1} {name}\n")
         rows.append(json.dumps({"text": text}) + "\n")
-    listing = "".join(lines)
-    digest = hashlib.sha256(listing.encode()).hexdigest()[:12]
+    digest = list_hash(lines)
     folder = folder / digest
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "text.lock"):
@@ -424,8 +432,10 @@ def prepare_text(plan, folder, known=None):
         release = platform.python_version() if source == "stdlib" else version(source)
         size, own_digest = sum(int(line.split()[2]) for line in own), hashlib.sha256("".join(own).encode()).hexdigest()
         head.append(f"# {source} {release}: {len(own)} files, {size:,} bytes, sha256 of their list {own_digest[:16]}\n")
-    (folder / "files.txt").write_text("".join(head) + listing)
-    return folder / "shards", "".join(head) + listing, digest
+    listing = "".join(head + lines)
+    with FileLock(folder / "text.lock"):
+        (folder / "files.txt").write_text(listing)
+    return folder / "shards", listing, digest
 
 
 # --- the records of the runs ------------------------------------------------------------------------------------------
@@ -476,10 +486,11 @@ def do_runs(plan, args, make_tasks, make=make_optimizers):
     known = {"text": digest, "revision": revision(ROOT), "device": device_name(torch.device(args.device))}
     while True:
         records = read_records(args.records)
-        if others := {record["text"] for record in records} - {digest}:
+        known_records = read_records(args.known)
+        if others := {record["text"] for record in records + known_records} - {digest}:
             fix = "install the packages with the versions of its report, or give another --out_dir"
             raise UserError(f"{args.records} has runs on another text ({', '.join(others)}): {fix}")
-        losses = {record["run"]: record["val"] for record in [*read_records(args.known), *records]}
+        losses = {record["run"]: record["val"] for record in known_records + records}
         missing = missing_runs(make_tasks(), losses)
         if not missing:
             return
@@ -543,6 +554,13 @@ def welch(a, b):
         return float(difference == 0)
     freedom = total**2 / sum(part**2 / n for part, n in parts)
     return student_p(difference / total**0.5, freedom)
+
+
+def paired(a, b):
+    """Return the two-sided p of the paired t-test: a seed fixes the data and the initialization of both."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return student_p(statistics.mean(differences) / error, len(differences) - 1) if error else float(a == b)
 
 
 def mean_interval(ratios):

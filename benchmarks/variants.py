@@ -8,7 +8,7 @@ Try better hyperparameters and changes of Muon: what is significantly better tha
 It starts from the searches of recipes.py, whose runs it takes from --known, and has the same text, rule, seeds and
 resumption. It answers three questions:
 
-1. tuned: how many of the lecture's tokens does an AdamW need that was searched, and how many preset gpt2-tuned?
+1. tuned: how many of the lecture's tokens does the searched AdamW need? And gpt2-tuned, with the search's beta2?
 2. changes: which changes of the searched Muon lower the loss? Each has its own search of the learning rate (by factors
    of the square root of two) and ten seeds. Those that win at the first size, with p < 0.01, run at the second one, and
    all of them together at both, against today's gpt2-fast.
@@ -38,6 +38,7 @@ from recipes import (
     finite,
     make_optimizers,
     mean_interval,
+    paired,
     race,
     read_records,
     search,
@@ -46,20 +47,22 @@ from recipes import (
     welch,
 )
 
+from support.common import UserError
 from support.muon import orthogonalize
 
 LECTURE = Settings("adamw", 0.004, 0.0375, 0.95, "cosine to 0.1", 1.0, 0.1, 0.9)  # at 124M: 6e-4, warmup 715 of 19,073
 TUNED = Settings("adamw", 0.004, 0.25, 0.9929, "linear to 0", 1.0, 0.1, 0.8)  # gpt2-tuned, but for its beta2
 FAST = Settings("muon", 0.016, 0.0375, 0.95, "linear to 0", 1.0, 0.1, 0.95)  # gpt2-fast: warmup 358 of 9,536
 SEEDS, ROOT_TWO = 10, 2**0.5
-GRID = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]  # shares of the tokens, for question 2
+GRID = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]  # shares of the tokens
 POINTS = Point("A", 2, 128, 4), Point("C", 3, 192, 4)
 TRANSFER = (*POINTS, Point("D", 4, 256, 4, searched=0.5))
 TINY_POINTS = Point("A", 1, 32, 0.25, 256), Point("C", 1, 64, 0.1, 256)
 COLUMNS = {
     "question": ("question", ""), "parameters": ("parameters", ","), "settings": ("name", ""),
     "learning rate": ("lr", ".4g"), "n": ("n", ""), "loss": ("loss", ""), "difference": ("difference", "+.4f"),
-    "p": ("p", ".2g"), "token ratio, 95% interval": ("ratio", ""), "verdict": ("verdict", ""),
+    "p": ("p", ".2g"), "p, paired": ("paired", ".2g"), "token ratio, 95% interval": ("ratio", ""),
+    "verdict": ("verdict", ""),
 }  # fmt: skip
 
 
@@ -114,6 +117,7 @@ class AfterStep(torch.optim.Optimizer):
         self.weights, self.steps, self.done = list(model.parameters()), steps, 0
         self.start = [weight.detach().clone() for weight in self.weights]
         self.average = [torch.zeros_like(weight) for weight in self.start]
+        self.peak_lr = 0.0
 
 
 class TailAverage(AfterStep):
@@ -143,7 +147,7 @@ class EMANesterov(AfterStep):
         torch._foreach_lerp_(self.average, moved, min(1.0, 32 / self.steps))
         torch._foreach_copy_(self.start, self.weights)
         if 0.16 <= self.done / self.steps < 0.76:
-            self.peak_lr = max(getattr(self, "peak_lr", 0.0), self.param_groups[0]["lr"])
+            self.peak_lr = max(self.peak_lr, self.param_groups[0]["lr"])
             torch._foreach_add_(self.weights, self.average, alpha=0.6 * self.param_groups[0]["lr"] / self.peak_lr)
 
 
@@ -285,6 +289,7 @@ def race_rows(question, point, names, slow, fast, result):
     return [
         about | {"name": names[0], "lr": slow.lr, "loss": show(targets), "losses": targets},
         about | {"name": names[1], "lr": fast.lr, "loss": show(whole), "losses": found, "ratio": ratio_text(ratios),
+                 "paired": paired(whole, targets),
                  "difference": statistics.mean(whole) - statistics.mean(targets), "p": welch(whole, targets),
                  "ratios": ratios},
     ]  # fmt: skip
@@ -298,6 +303,7 @@ def change_rows(point, results, adopted):
                "n": len(losses), "loss": show(losses), "losses": losses}  # fmt: skip
         if name != "searched":
             row |= {"difference": statistics.mean(losses) - statistics.mean(base), "p": welch(losses, base)}
+            row["paired"] = paired(losses, base)
             row["verdict"] = "adopted" if name in adopted else "better" if wins(losses, base) else "no"
         rows.append(row)
     return rows
@@ -347,7 +353,9 @@ def report(points, plan, args):
     records = read_records(args.records)
     about = describe() | {
         "rule": "docs/recipe.md, a fair comparison; better: Welch's test gives p < 0.01; adopted: at both sizes",
+        "paired": "p of the paired test, for information: it was added after the runs, and no verdict uses it",
         "runs done": len(records),
+        "text": ", ".join(sorted({record["text"] for record in records})),
         "devices of the runs": ", ".join(sorted({record["device"] for record in records})),
         "revision of the runs": ", ".join(sorted({record["revision"] for record in records})),
     }
@@ -368,6 +376,8 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="tiny models and few runs, to test the program")
     args = parse_flags(parser, "variants")
     args.records, args.files = args.out_dir / f"{args.name}.jsonl", args.out_dir / f"{args.name}_files.txt"
+    if not args.known.exists():
+        raise UserError(f"--known {args.known} does not exist: give the ladder.jsonl of recipes.py")
     torch.set_num_threads(1)
     points, plan = (TINY_POINTS, TINY_PLAN) if args.tiny else (POINTS, PLAN)
     if not args.report:

@@ -95,14 +95,15 @@ class FBGEMMLinear(nn.Module):
     """A linear layer with int8 weights for x86 processors, with float32 inputs and outputs.
 
     FBGEMM multiplies int8 by int8, as fast as it can read the weights. So that 8 bits of the inputs suffice, each
-    vector becomes two: in steps of 1/63 of its largest element, and what is missing, in steps 126 times finer. The two
-    are rows of one product. Their sum is more exact than bfloat16.
+    vector becomes two: in steps of 1/63 of its largest element, and the remainder, in steps 126 times finer. The two
+    are rows of one product. This is more exact than bfloat16, until one element of a vector is about forty times as
+    large as the others. All inputs must be finite.
     """
 
     def __init__(self, weight, bias):
         super().__init__()
         weight, scale = quantize(weight, torch.float32)
-        self.register_buffer("weight", weight[:1, :1].expand(weight.shape))  # the kernel needs only its shape
+        self.register_buffer("weight", weight[:1, :1].clone().expand(weight.shape))  # the kernel needs its shape
         self.register_buffer("sums", weight.sum(dim=1, dtype=torch.int32))
         self.register_buffer("scale", scale / STEPS)
         self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias)
@@ -116,10 +117,10 @@ class FBGEMMLinear(nn.Module):
             self(torch.zeros(1, weight.size(1)))  # warns once, here
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.size(-1))
         few = len(rows) <= FBGEMM_ROWS
         y = self.product(rows) if few else torch.cat([self.product(part) for part in rows.split(FBGEMM_ROWS)])
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(self.bias))
 
     def product(self, x):
         """Multiply vectors x (n, in). Return (n, out)."""

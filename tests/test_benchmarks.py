@@ -557,18 +557,22 @@ def test_runs_on_another_text_are_refused(main, tmp_path, one_thread):
 def test_a_text_of_another_machine_can_be_used(tmp_path):
     """Its folder holds the list of its files, too."""
     folder, listing, digest = recipes.prepare_text(recipes.TINY_PLAN, tmp_path)
-    (tmp_path / digest).rename(tmp_path / "other")
-    assert recipes.prepare_text(recipes.TINY_PLAN, tmp_path, "other") == (
-        tmp_path / "other" / "shards", listing, "other"
-    )  # fmt: skip
+    (tmp_path / "there").mkdir()
+    (tmp_path / digest).rename(tmp_path / "there" / digest)
+    there = tmp_path / "there" / digest / "shards"
+    assert recipes.prepare_text(recipes.TINY_PLAN, tmp_path / "there", digest) == (there, listing, digest)
+    for name in ("missing", "another"):
+        shutil.copytree(tmp_path / "there" / digest, tmp_path / "there" / "another", dirs_exist_ok=True)
+        with pytest.raises(UserError, match="is missing or of another text"):
+            recipes.prepare_text(recipes.TINY_PLAN, tmp_path / "there", name)
 
 
-def optimizers_after_steps(settings, steps=20, seed=0, watch=None):
-    """Train a tiny model with variants.py's optimizers on random gradients. Return the model."""
+def optimizers_after_steps(settings, steps=20, seed=0, watch=None, make=variants.make_changed):
+    """Train a tiny model on random gradients. Return it. watch: a list that gets the weights after each step."""
     torch.manual_seed(seed)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=4, n_embd=32))
     config = train_gpt2.TrainConfig(optimizer="muon", lr=0.01, weight_decay=settings.weight_decay, max_steps=steps)
-    optimizers = variants.make_changed(model, settings, config)
+    optimizers = make(model, settings, config)
     for step in range(steps):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -585,12 +589,12 @@ def test_no_change_is_the_presets_muon():
     """The class of the changes, without a change, does what support/muon.py does."""
     muon = recipes.Settings("muon", 0.01, 0.1, 0.95, "linear to 0", 1.0, 0.1, 0.95)
     plain = optimizers_after_steps(muon)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants, "make_changed", lambda model, settings, config: [
-            (group := variants.make_optimizers(model, settings, config))[0],
-            variants.ChangedMuon(group[1], set(), config.max_steps, 8),
-        ])  # fmt: skip
-        changed = optimizers_after_steps(muon)
+
+    def make(model, settings, config):
+        adamw, muon = recipes.make_optimizers(model, settings, config)
+        return [adamw, variants.ChangedMuon(muon, set(), config.max_steps, 8)]
+
+    changed = optimizers_after_steps(muon, make=make)
     for a, b in zip(plain.parameters(), changed.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -614,6 +618,24 @@ def test_changes_of_muon():
     expected = [torch.stack(each).mean(dim=0) for each in zip(*before[17:])]  # after the steps 18, 19 and 20 of 20
     for found, mean in zip(average.parameters(), expected, strict=True):
         assert torch.allclose(found, mean, atol=1e-6)
+    first = {}
+    for change in ("", "NorMuon"):
+        watched = []
+        optimizers_after_steps(recipes.replace(muon, weight_decay=0.0, variant=change), steps=2, watch=watched)
+        index = list(plain).index(name)
+        first[change] = watched[1][index] - watched[0][index]
+    assert first["NorMuon"].norm() == pytest.approx(first[""].norm().item(), rel=1e-3)
+    assert first["NorMuon"].norm(dim=1).std() < 0.7 * first[""].norm(dim=1).std()  # its rows are more alike
+    momenta = []
+
+    def make(*args):
+        optimizers = variants.make_changed(*args)
+        optimizers[1].register_step_post_hook(lambda optimizer, *_: momenta.append(optimizer.momentum))
+        return optimizers
+
+    optimizers_after_steps(recipes.replace(muon, variant="momentum warmup"), steps=40, make=make)
+    momenta = momenta[::2]  # torch calls the hook for the class's step and for the one that it extends
+    assert momenta[:5] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95]) and set(momenta[4:]) == {0.95}
     heavy = recipes.replace(muon, weight_decay=1.0)
     norms = {
         change: dict(optimizers_after_steps(recipes.replace(heavy, variant=change)).named_parameters())[name].norm()
@@ -649,7 +671,7 @@ def test_variants(main, tmp_path, one_thread):
     assert main(recipes, ["--tiny", "--out_dir", tmp_path, "--parts", "C"])[0] == 0  # only the searches
     code, stdout, _ = main(variants, ["--tiny", "--out_dir", tmp_path, "--known", known])
     result = read_report(tmp_path, "variants", stdout)
-    assert code == 0 and [row["n"] for row in result["rows"] if row["question"] == "tuned"] == [5] * 4
+    assert code == 0 and [row["n"] for row in result["rows"] if row["question"] == "tuned"] == [5, 5, 3, 3] * 2
     names = {row["name"] for row in result["rows"] if row["question"] == "changes" and row["n"] == 10}
     assert {"searched", "gpt2-fast", *variants.changed(recipes.Settings("muon", *[0.1] * 7))} <= names
     assert len([row for row in result["rows"] if row["question"] == "transfer"]) == 4
