@@ -557,7 +557,9 @@ def welch(a, b):
 
 
 def paired(a, b):
-    """Return the two-sided p of the paired t-test: a seed fixes the data and the initialization of both."""
+    """Return the two-sided p of the paired t-test: a seed fixes the data and the initialization of both. See welch."""
+    if not all(map(math.isfinite, [*a, *b])):
+        return 1.0
     differences = [x - y for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(differences) / len(differences) ** 0.5
     return student_p(statistics.mean(differences) / error, len(differences) - 1) if error else float(a == b)

@@ -51,7 +51,7 @@ from support.common import UserError
 from support.muon import orthogonalize
 
 LECTURE = Settings("adamw", 0.004, 0.0375, 0.95, "cosine to 0.1", 1.0, 0.1, 0.9)  # at 124M: 6e-4, warmup 715 of 19,073
-TUNED = Settings("adamw", 0.004, 0.25, 0.9929, "linear to 0", 1.0, 0.1, 0.8)  # gpt2-tuned, but for its beta2
+TUNED = Settings("adamw", 0.004, 0.25, 0.9929, "linear to 0", 1.0, 0.1, 0.8)  # gpt2-tuned with the search's beta2
 FAST = Settings("muon", 0.016, 0.0375, 0.95, "linear to 0", 1.0, 0.1, 0.95)  # gpt2-fast: warmup 358 of 9,536
 SEEDS, ROOT_TWO = 10, 2**0.5
 GRID = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]  # shares of the tokens

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from support.common import pick_dtype
 
-STEPS = 63  # of FBGEMM's inputs: its sums of two products stay below 2^15, the largest number that old processors hold
+STEPS = (
+    63  # of FBGEMM's inputs, from 0 to the largest: so that two products fit in 16 bits, as older processors add them
+)
 FBGEMM_ROWS = 64  # vectors of a product; the time of more grows faster than their number
 INT8_ROWS = 16  # up to this many vectors, the int8 kernel is the fastest; above, a product with dequantized weights is
 
@@ -65,7 +67,9 @@ class CastLinear(nn.Module):
         weight = weight.to(dtype)
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self.multiply = torch.ops.mkldnn._linear_pointwise.default if self.packed else None  # finding it takes 6 us
+        self.multiply = (
+            torch.ops.mkldnn._linear_pointwise.default if self.packed else None
+        )  # looked up once: that takes 6 us
 
     def forward(self, x):
         x = x.to(self.dtype)
@@ -85,7 +89,7 @@ def quantize(weight, dtype):
 
 
 def has_fbgemm(weight):
-    """Return whether FBGEMM, a library for x86 processors, can multiply int8 weights here. torch may remove it."""
+    """Return whether FBGEMM, a library for x86 processors, can multiply int8 weights here. torch has deprecated it."""
     has_kernel = hasattr(torch, "fbgemm_linear_int8_weight_fp32_activation")
     is_built = "fbgemm" in torch.backends.quantized.supported_engines
     return weight.device.type == "cpu" and weight.size(1) > 1 and has_kernel and is_built
@@ -103,7 +107,7 @@ class FBGEMMLinear(nn.Module):
     def __init__(self, weight, bias):
         super().__init__()
         weight, scale = quantize(weight, torch.float32)
-        self.register_buffer("weight", weight[:1, :1].clone().expand(weight.shape))  # the kernel needs its shape
+        self.register_buffer("weight", weight[:1, :1].clone().expand(weight.shape))  # only its shape is read
         self.register_buffer("sums", weight.sum(dim=1, dtype=torch.int32))
         self.register_buffer("scale", scale / STEPS)
         self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias)

@@ -455,6 +455,12 @@ def test_intervals_and_claims():
     assert claim({1.0: [1.2, 1.21, 1.19]}) is None  # significantly higher
 
 
+def test_the_paired_test():
+    """Student's table has t = 4.541 for p = 0.02 and 5.841 for 0.01, with 3 degrees of freedom; here t is 4.70."""
+    assert 0.01 < recipes.paired([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0]) < 0.02
+    assert recipes.paired([1.0, 2.0], [1.0, 2.0]) == 1 and recipes.paired([1.0, math.inf], [1.0, 2.0]) == 1
+
+
 def test_the_crossing_is_interpolated():
     """Half of the way in loss is half of the way in the logarithm of tokens. A loss that is never reached gives inf."""
     points = [(0.25, 3.0), (0.5, 2.0), (1, 1.0)]

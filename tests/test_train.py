@@ -477,7 +477,7 @@ def test_training_does_not_wait_for_the_curve(tmp_path, savefig):
     for step in range(3):
         log.write(step, train=3.0 - step)
         log.report(step)
-    assert started.wait(20) and not curve.exists() and sys.getswitchinterval() < 1e-3
+    assert started.wait(20) and not curve.exists() and sys.getswitchinterval() < 1e-3 and report_threads()
     release.set()
     log.finish()
     log.finish()
