@@ -1,5 +1,5 @@
 """
-Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt's loop and transformers' generate.
+Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt, transformers and llama.cpp.
 
     git clone https://github.com/karpathy/build-nanogpt PEER
     python train_gpt2.py --preset demo
@@ -8,12 +8,15 @@ Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt's
 All continue one prompt of 8 tokens by 512, sampled from the 50 most likely. They alternate in one process, with the
 same random weights. build-nanogpt's model is its own, and its loop is that of its train_gpt2.py, for one sequence. Ours
 runs with the weights of each --dtype of sample.py. The effect of the dtype on the validation loss is measured with
---trained, a model folder or output folder, on the shards in --data. Writes inference_DEVICE.md, .json and .png: see
-measure.py.
+--trained, a model folder or output folder, on the shards in --data. llama.cpp takes part if --llama names a checkout of
+it, whose converter opens our folder, and llama-cpp-python and gguf are installed. Writes inference_DEVICE.md, .json and
+.png: see measure.py.
 """
 
 import copy
+import itertools
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +27,11 @@ import torch.nn.functional as F
 import transformers
 from measure import describe, make_parser, parse_flags, require_checkouts, revision, run_main, write_report
 
+from fineweb import get_encoding
 from support.checkpoints import newest_checkpoint
 from support.common import pick_device
 from support.generation import CastLinear, FBGEMMLinear, Int8Linear, prepare
+from support.tokenizer import save_tokenizer
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
@@ -70,6 +75,30 @@ def hugging_face(gpt):
         return transformers.GPT2LMHeadModel.from_pretrained(folder).to(gpt.lm_head.weight.device).eval()
 
 
+def llama_programs(checkout, gpt, prompt):
+    """Return {name: (megabytes of the weights, function)} of llama.cpp, for files that its converter makes of ours."""
+    from llama_cpp import Llama
+
+    programs = {}
+    for kind in ("f32", "q8_0"):
+        with tempfile.TemporaryDirectory() as folder:
+            gpt.save_pretrained(folder)
+            save_tokenizer(get_encoding("gpt2"), Path(folder), gpt.config.block_size)
+            file = Path(folder, "model.gguf")
+            convert = [sys.executable, checkout / "convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", kind]
+            subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
+            options = dict(n_ctx=gpt.config.block_size, n_threads=torch.get_num_threads(), use_mmap=False)
+            model, size = Llama(str(file), verbose=False, **options), file.stat().st_size / 1e6
+
+        def generate(tokens, generator, model=model):
+            model.set_seed(generator.initial_seed())
+            stream = model.generate(prompt, top_k=TOP_K, top_p=1.0, min_p=0.0, temp=1.0, repeat_penalty=1.0)
+            return torch.tensor([[*prompt, *itertools.islice(stream, tokens)]])
+
+        programs[f"llama.cpp, {kind}"] = size, generate
+    return programs
+
+
 def variants(gpt):
     """Return {dtype: a copy of the model with its weights of that dtype, as sample.py generates with it}."""
     models = {dtype: copy.deepcopy(gpt) for dtype in ("float32", "bfloat16", "int8")}
@@ -105,9 +134,14 @@ def read_rate(device, gigabytes=0.5):
 
 
 def least_seconds(model, rate):
-    """Return the least seconds of a token: reading all matrices at this rate. Of an embedding, only one row is read."""
+    """Return the least seconds of a token: reading all matrices at this rate. Of an embedding, only one row is read.
+
+    model: a module, or the megabytes of llama.cpp's weights, whose embedding is its head, too.
+    """
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D, CastLinear, FBGEMMLinear, Int8Linear)
-    return megabytes(module for module in model.modules() if isinstance(module, kinds)) * 1e6 / rate
+    is_module = isinstance(model, torch.nn.Module)
+    size = megabytes(part for part in model.modules() if isinstance(part, kinds)) if is_module else model
+    return size * 1e6 / rate
 
 
 def draw(rows):
@@ -127,6 +161,7 @@ def draw(rows):
 def parse_command_line():
     parser = make_parser(__doc__, repetitions=3)
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of build-nanogpt")
+    parser.add_argument("--llama", type=Path, help="a checkout of llama.cpp")
     parser.add_argument("--trained", required=True, help="a model whose losses are measured")
     parser.add_argument("--data", required=True, help="its token shards")
     parser.add_argument("--rows", type=int, default=200, help="sequences of the validation split")
@@ -134,13 +169,13 @@ def parse_command_line():
     parser.add_argument("--n_layer", type=int, default=12, help="fewer layers, for a trial run")
     device = pick_device("auto")
     args = parse_flags(parser, f"inference_{device}")
-    require_checkouts(parser, peer=(args.peer, "train_gpt2.py"))
+    require_checkouts(parser, peer=(args.peer, "train_gpt2.py"), llama=(args.llama, "convert_hf_to_gguf.py"))
     args.device = device
     return args
 
 
 def make_programs(args, gpt):
-    """Return {name: (model, function of a number of tokens and a generator)}: first the two peers, then sample.py."""
+    """Return {name: (model, function of a number of tokens and a generator)}: first build-nanogpt and transformers."""
     ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
     peer, theirs = load_peer(args.peer, gpt), hugging_face(gpt)
 
@@ -153,6 +188,8 @@ def make_programs(args, gpt):
         "build-nanogpt's loop, bfloat16 autocast": (peer, lambda tokens, rng: peer_loop(peer, ids, tokens, rng)),
         "transformers' generate, float32": (theirs, generate),
     }
+    if args.llama:
+        programs |= llama_programs(args.llama, gpt, ids[0].tolist())
     for dtype, model in variants(gpt).items():
         programs[f"sample.py, {dtype}"] = (model, lambda n, rng, m=model: m.generate(ids, n, 1.0, TOP_K, rng))
     return programs
@@ -187,7 +224,8 @@ def summarize(programs, milliseconds, losses, rate):
     """Return a row for each program. Each repetition gives a speedup; the median is reported."""
     rows, peers = [], list(milliseconds)[:2]
     for name, (model, _) in programs.items():
-        row = {"program": name, "milliseconds": statistics.median(milliseconds[name]), "megabytes": megabytes([model])}
+        size = megabytes([model]) if isinstance(model, torch.nn.Module) else model
+        row = {"program": name, "milliseconds": statistics.median(milliseconds[name]), "megabytes": size}
         row["tokens_per_second"] = 1000 / row["milliseconds"]
         for key, peer in zip(("to_peer", "to_transformers"), peers):
             row[key] = statistics.median(a / b for a, b in zip(milliseconds[peer], milliseconds[name], strict=True))
@@ -201,7 +239,7 @@ def summarize(programs, milliseconds, losses, rate):
 
 def main():
     args = parse_command_line()
-    about = describe(("torch", "transformers"))
+    about = describe(("torch", "transformers", *(["llama-cpp-python"] if args.llama else [])))
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
     programs = make_programs(args, gpt)
