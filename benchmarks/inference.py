@@ -9,8 +9,8 @@ All continue one prompt of 8 tokens by 512, sampled from the 50 most likely. The
 same random weights. build-nanogpt's model is its own, and its loop is that of its train_gpt2.py, for one sequence. Ours
 runs with the weights of each --dtype of sample.py. The effect of the dtype on the validation loss is measured with
 --trained, a model folder or output folder, on the shards in --data. llama.cpp takes part if --llama names a checkout of
-it, whose converter opens our folder, and llama-cpp-python and gguf are installed. Writes inference_DEVICE.md, .json and
-.png: see measure.py.
+it, whose converter opens our folder, and llama-cpp-python and gguf are installed. Then several samples at once and a
+long prompt are compared with plain float32 layers. Writes inference_DEVICE.md, .json and .png: see measure.py.
 """
 
 import copy
@@ -35,6 +35,7 @@ from support.tokenizer import save_tokenizer
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
+CASES = {"4 samples": (4, 8, 32), "16 samples": (16, 8, 16), "64 samples": (64, 8, 8), "a prompt of 900": (1, 900, 1)}
 COLUMNS = {
     "program": ("program", ""), "tok/s": ("tokens_per_second", ".1f"), "ms per token": ("milliseconds", ".1f"),
     "speedup over build-nanogpt": ("to_peer", ".2f"), "over transformers": ("to_transformers", ".2f"),
@@ -99,11 +100,11 @@ def llama_programs(checkout, gpt, prompt):
     return programs
 
 
-def variants(gpt):
+def variants(gpt, rows=1):
     """Return {dtype: a copy of the model with its weights of that dtype, as sample.py generates with it}."""
     models = {dtype: copy.deepcopy(gpt) for dtype in ("float32", "bfloat16", "int8")}
     for dtype, model in models.items():
-        prepare(model, dtype)
+        prepare(model, dtype, rows)
     return models
 
 
@@ -211,6 +212,25 @@ def time_programs(programs, args):
     return milliseconds
 
 
+def time_cases(gpt, repetitions):
+    """Return {case: {dtype: how many times as fast as plain layers}}: several samples, and a long prompt."""
+    speedups = {}
+    for case, (samples, prompt, tokens) in CASES.items():
+        device = gpt.lm_head.weight.device
+        ids, seconds = torch.randint(0, 50257, (samples, prompt), device=device), {}
+        models = {"plain": gpt} | variants(gpt, samples)
+        for _ in range(repetitions + 1):  # the first is not counted
+            for name, model in models.items():
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    model.generate(ids, tokens, 1.0, TOP_K).tolist()
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+        plain = seconds.pop("plain")[1:]
+        speedups[case] = {k: statistics.median(a / b for a, b in zip(plain, v[1:])) for k, v in seconds.items()}
+        print(case, speedups[case], file=sys.stderr, flush=True)
+    return speedups
+
+
 def measure_losses(args):
     """Return {dtype: validation loss} of the trained model, and the number of sequences."""
     trained = GPT.from_pretrained(newest_checkpoint(args.trained)).to(args.device).eval()
@@ -244,6 +264,7 @@ def main():
     gpt = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
     programs = make_programs(args, gpt)
     milliseconds = time_programs(programs, args)
+    cases = time_cases(gpt, args.repetitions)
     losses, sequences = measure_losses(args)
     rate = read_rate(args.device)
     rows = summarize(programs, milliseconds, losses, rate)
@@ -254,6 +275,9 @@ def main():
         "limit": f"all matrices are read for each token, at {rate / 1e9:.1f} GB/s, the fastest sum over half a GB",
         "validation loss": f"of {args.trained} over {sequences} sequences of {args.data}",
     }  # fmt: skip
+    for case, speedups in cases.items():
+        figures = ", ".join(f"{dtype} {speedup:.2f}" for dtype, speedup in speedups.items())
+        about[f"{case}, times as fast as plain float32 layers"] = figures
     write_report(args, "Generating text", about, rows, COLUMNS, draw(rows))
 
 

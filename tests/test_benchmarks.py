@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,8 @@ def test_inference(main, tmp_path, text_shards):
     read = ours["of_limit"] * ours["milliseconds"] / 1e3 * rate
     assert read == pytest.approx(4 * (block + head), rel=0.01)
     assert all(abs(row["loss_change"]) < 0.05 for row in others) and abs(ours["loss_change"]) < 1e-4
+    cases = [result[f"{case}, times as fast as plain float32 layers"] for case in inference.CASES]
+    assert all(re.fullmatch(r"float32 \d+\.\d\d, bfloat16 \d+\.\d\d, int8 \d+\.\d\d", case) for case in cases)
 
 
 def run_training_benchmark(run_script, tmp_path, program, *flags):
