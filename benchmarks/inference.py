@@ -14,6 +14,7 @@ long prompt are compared with plain float32 layers. Writes inference_DEVICE.md, 
 """
 
 import copy
+import importlib.util
 import itertools
 import statistics
 import subprocess
@@ -35,7 +36,10 @@ from support.tokenizer import save_tokenizer
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig
 
 PROMPT, TOP_K = 8, 50
-CASES = {"4 samples": (4, 8, 32), "16 samples": (16, 8, 16), "64 samples": (64, 8, 8), "a prompt of 900": (1, 900, 1)}
+CASES = {  # name: (samples, tokens of the prompt, tokens to add)
+    "4 samples of 64 tokens": (4, PROMPT, 64), "16 samples of 64 tokens": (16, PROMPT, 64),
+    "64 samples of 32 tokens": (64, PROMPT, 32), "one token after a prompt of 900": (1, 900, 1),
+}  # fmt: skip
 COLUMNS = {
     "program": ("program", ""), "tok/s": ("tokens_per_second", ".1f"), "ms per token": ("milliseconds", ".1f"),
     "speedup over build-nanogpt": ("to_peer", ".2f"), "over transformers": ("to_transformers", ".2f"),
@@ -77,26 +81,30 @@ def hugging_face(gpt):
 
 
 def llama_programs(checkout, gpt, prompt):
-    """Return {name: (megabytes of the weights, function)} of llama.cpp, for files that its converter makes of ours."""
+    """Return {name: (megabytes stored, megabytes read per token, function)} of llama.cpp.
+
+    Its converter makes files of our folder. It keeps keys and values in float16.
+    """
     from llama_cpp import Llama
 
-    programs = {}
-    for kind in ("f32", "q8_0"):
-        with tempfile.TemporaryDirectory() as folder:
-            gpt.save_pretrained(folder)
-            save_tokenizer(get_encoding("gpt2"), Path(folder), gpt.config.block_size)
-            file = Path(folder, "model.gguf")
+    programs, threads = {}, torch.get_num_threads()
+    options = dict(n_ctx=gpt.config.block_size, n_threads=threads, n_threads_batch=threads, use_mmap=False)
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save_pretrained(folder)
+        save_tokenizer(get_encoding("gpt2"), Path(folder), gpt.config.block_size)
+        for kind in ("f32", "q8_0"):
+            file = Path(folder, f"{kind}.gguf")
             convert = [sys.executable, checkout / "convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", kind]
             subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
-            options = dict(n_ctx=gpt.config.block_size, n_threads=torch.get_num_threads(), use_mmap=False)
             model, size = Llama(str(file), verbose=False, **options), file.stat().st_size / 1e6
 
-        def generate(tokens, generator, model=model):
-            model.set_seed(generator.initial_seed())
-            stream = model.generate(prompt, top_k=TOP_K, top_p=1.0, min_p=0.0, temp=1.0, repeat_penalty=1.0)
-            return torch.tensor([[*prompt, *itertools.islice(stream, tokens)]])
+            def generate(tokens, generator, model=model):
+                model.reset()  # so that it reads the prompt, as the others do
+                model.set_seed(generator.initial_seed())
+                stream = model.generate(prompt, top_k=TOP_K, top_p=1.0, min_p=0.0, temp=1.0, repeat_penalty=1.0)
+                return torch.tensor([[*prompt, *itertools.islice(stream, tokens)]])
 
-        programs[f"llama.cpp, {kind}"] = size, generate
+            programs[f"llama.cpp, {kind}"] = size, size, generate  # its embedding is its head, too
     return programs
 
 
@@ -125,24 +133,19 @@ def validation_loss(gpt, loader, rows):
 
 
 def read_rate(device, gigabytes=0.5):
-    """Return the bytes per second at which the device reads a large tensor, the fastest of ten times."""
+    """Return the gigabytes per second at which the device reads a large tensor, the fastest of ten times."""
     tensor, seconds = torch.ones(int(gigabytes * 1e9 / 4), device=device), []
     for _ in range(10):
         start = time.perf_counter()
         tensor.sum().item()
         seconds.append(time.perf_counter() - start)
-    return tensor.nbytes / min(seconds)
+    return gigabytes / min(seconds)
 
 
-def least_seconds(model, rate):
-    """Return the least seconds of a token: reading all matrices at this rate. Of an embedding, only one row is read.
-
-    model: a module, or the megabytes of llama.cpp's weights, whose embedding is its head, too.
-    """
+def matrices(model):
+    """Return the layers whose weights are read for each token. Of an embedding, only one row is read."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D, CastLinear, FBGEMMLinear, Int8Linear)
-    is_module = isinstance(model, torch.nn.Module)
-    size = megabytes(part for part in model.modules() if isinstance(part, kinds)) if is_module else model
-    return size * 1e6 / rate
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def draw(rows):
@@ -171,12 +174,19 @@ def parse_command_line():
     device = pick_device("auto")
     args = parse_flags(parser, f"inference_{device}")
     require_checkouts(parser, peer=(args.peer, "train_gpt2.py"), llama=(args.llama, "convert_hf_to_gguf.py"))
+    if args.llama and not all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))):
+        parser.error("--llama needs two packages: pip install llama-cpp-python gguf")
+    if args.llama and device != "cpu":
+        parser.error(f"--llama is for CPUs, and this is {device}: leave it out")
     args.device = device
     return args
 
 
 def make_programs(args, gpt):
-    """Return {name: (model, function of a number of tokens and a generator)}: first build-nanogpt and transformers."""
+    """Return {name: (megabytes stored, megabytes read per token, function of a number of tokens and a generator)}.
+
+    The first is build-nanogpt, the second transformers.
+    """
     ids = torch.randint(0, 50257, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(args.device)
     peer, theirs = load_peer(args.peer, gpt), hugging_face(gpt)
 
@@ -185,22 +195,26 @@ def make_programs(args, gpt):
         torch.manual_seed(generator.initial_seed())  # it takes no generator
         return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
+    def program(model, function):
+        return megabytes([model]), megabytes(matrices(model)), function
+
     programs = {
-        "build-nanogpt's loop, bfloat16 autocast": (peer, lambda tokens, rng: peer_loop(peer, ids, tokens, rng)),
-        "transformers' generate, float32": (theirs, generate),
+        "build-nanogpt's loop, bfloat16 autocast": program(peer, lambda n, rng: peer_loop(peer, ids, n, rng)),
+        "transformers' generate, float32": program(theirs, generate),
     }
     if args.llama:
         programs |= llama_programs(args.llama, gpt, ids[0].tolist())
     for dtype, model in variants(gpt).items():
-        programs[f"sample.py, {dtype}"] = (model, lambda n, rng, m=model: m.generate(ids, n, 1.0, TOP_K, rng))
+        programs[f"sample.py, {dtype}"] = program(model, lambda n, rng, m=model: m.generate(ids, n, 1.0, TOP_K, rng))
     return programs
 
 
 def time_programs(programs, args):
-    """Return {name: milliseconds of a token in each repetition}. The programs alternate."""
-    milliseconds = {name: [] for name in programs}
+    """Return {name: milliseconds of a token in each repetition}, and the highest read_rate. The programs alternate."""
+    milliseconds, rates = {name: [] for name in programs}, []
     for repetition in range(args.repetitions + 1):  # the first is not timed, so it has few tokens
-        for name, (_, work) in programs.items():
+        rates.append(read_rate(args.device))
+        for name, (*_, work) in programs.items():
             tokens, generator = args.max_new_tokens if repetition else 4, torch.Generator(args.device)
             start = time.perf_counter()
             with torch.inference_mode():  # as sample.py does
@@ -209,14 +223,13 @@ def time_programs(programs, args):
             if repetition:
                 milliseconds[name].append((time.perf_counter() - start) / tokens * 1000)
                 print(f"{name}: {milliseconds[name][-1]:.2f} ms", file=sys.stderr, flush=True)
-    return milliseconds
+    return milliseconds, max(rates)
 
 
 def time_cases(gpt, repetitions):
     """Return {case: {dtype: how many times as fast as plain layers}}: several samples, and a long prompt."""
-    speedups = {}
+    speedups, device = {}, gpt.lm_head.weight.device
     for case, (samples, prompt, tokens) in CASES.items():
-        device = gpt.lm_head.weight.device
         ids, seconds = torch.randint(0, 50257, (samples, prompt), device=device), {}
         models = {"plain": gpt} | variants(gpt, samples)
         for _ in range(repetitions + 1):  # the first is not counted
@@ -243,13 +256,12 @@ def measure_losses(args):
 def summarize(programs, milliseconds, losses, rate):
     """Return a row for each program. Each repetition gives a speedup; the median is reported."""
     rows, peers = [], list(milliseconds)[:2]
-    for name, (model, _) in programs.items():
-        size = megabytes([model]) if isinstance(model, torch.nn.Module) else model
-        row = {"program": name, "milliseconds": statistics.median(milliseconds[name]), "megabytes": size}
+    for name, (stored, read, _) in programs.items():
+        row = {"program": name, "milliseconds": statistics.median(milliseconds[name]), "megabytes": stored}
         row["tokens_per_second"] = 1000 / row["milliseconds"]
         for key, peer in zip(("to_peer", "to_transformers"), peers):
             row[key] = statistics.median(a / b for a, b in zip(milliseconds[peer], milliseconds[name], strict=True))
-        row["of_limit"] = least_seconds(model, rate) / (row["milliseconds"] / 1000)
+        row["of_limit"] = read / rate / row["milliseconds"]  # MB / (GB/s) = ms
         dtype = next((dtype for dtype in losses if name == f"sample.py, {dtype}"), None)
         if dtype:
             row |= {"loss": losses[dtype], "loss_change": losses[dtype] - losses["exact"]}
@@ -263,18 +275,19 @@ def main():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
     programs = make_programs(args, gpt)
-    milliseconds = time_programs(programs, args)
+    milliseconds, rate = time_programs(programs, args)
     cases = time_cases(gpt, args.repetitions)
     losses, sequences = measure_losses(args)
-    rate = read_rate(args.device)
     rows = summarize(programs, milliseconds, losses, rate)
     about |= {
         "peer": f"{args.peer.name} at {revision(args.peer)}",
         "model": f"GPT-2 124M with {args.n_layer} layers, random weights",
         "runs": f"{args.repetitions} of {args.max_new_tokens} tokens after {PROMPT}, alternating; medians",
-        "limit": f"all matrices are read for each token, at {rate / 1e9:.1f} GB/s, the fastest sum over half a GB",
+        "limit": f"all matrices are read for each token, at {rate:.1f} GB/s, the fastest sum over half a GB",
         "validation loss": f"of {args.trained} over {sequences} sequences of {args.data}",
     }  # fmt: skip
+    if args.llama:
+        about["llama.cpp"] = "called from Python, with keys and values in float16"
     for case, speedups in cases.items():
         figures = ", ".join(f"{dtype} {speedup:.2f}" for dtype, speedup in speedups.items())
         about[f"{case}, times as fast as plain float32 layers"] = figures
