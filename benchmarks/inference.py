@@ -8,9 +8,10 @@ Measure the speed of generating text with GPT-2 124M: sample.py, build-nanogpt, 
 All continue one prompt of 8 tokens by 512, sampled from the 50 most likely. They alternate in one process, with the
 same random weights. build-nanogpt's model is its own, and its loop is that of its train_gpt2.py, for one sequence. Ours
 runs with the weights of each --dtype of sample.py. The effect of the dtype on the validation loss is measured with
---trained, a model folder or output folder, on the shards in --data. llama.cpp takes part if --llama names a checkout of
-it, whose converter opens our folder, and llama-cpp-python and gguf are installed. Then several samples at once and a
-long prompt are compared with plain float32 layers. Writes inference_DEVICE.md, .json and .png: see measure.py.
+--trained, a model folder or output folder, on the shards in --data. On a CPU, llama.cpp takes part if --llama names a
+checkout of it, whose converter opens our folder; this needs the packages llama-cpp-python and gguf. Then several
+samples at once and a long prompt are compared with plain float32 layers. Writes inference_DEVICE.md, .json and .png:
+see measure.py.
 """
 
 import copy
