@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 from support.common import pick_dtype
 
-STEPS = (
-    63  # of FBGEMM's inputs, from 0 to the largest: so that two products fit in 16 bits, as older processors add them
-)
+# steps of FBGEMM's inputs, from 0 to the largest: so that two products fit in 16 bits, as older processors add them
+STEPS = 63
 FBGEMM_ROWS = 64  # vectors of a product; the time of more grows faster than their number
 INT8_ROWS = 16  # up to this many vectors, the int8 kernel is the fastest; above, a product with dequantized weights is
 
@@ -67,9 +66,8 @@ class CastLinear(nn.Module):
         weight = weight.to(dtype)
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self.multiply = (
-            torch.ops.mkldnn._linear_pointwise.default if self.packed else None
-        )  # looked up once: that takes 6 us
+        # looked up once, because that takes 6 us
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default if self.packed else None
 
     def forward(self, x):
         x = x.to(self.dtype)

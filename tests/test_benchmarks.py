@@ -231,6 +231,25 @@ def test_inference(main, tmp_path, text_shards, monkeypatch):
     assert all(re.fullmatch(r"float32 \d+\.\d\d, bfloat16 \d+\.\d\d, int8 \d+\.\d\d", case) for case in cases)
 
 
+def test_cases_of_generation_are_compared_with_plain_layers(monkeypatch):
+    """With a clock that the models move: plain layers take 6 s, the others 3, 2 and 1 s, after a slower first call."""
+    clock = [0.0]
+
+    def model(seconds):
+        calls = iter([100, seconds, seconds])
+
+        def generate(ids, *_):
+            clock[0] += next(calls)
+            return ids
+
+        return SimpleNamespace(generate=generate, lm_head=SimpleNamespace(weight=torch.zeros(1)))
+
+    monkeypatch.setattr(inference, "CASES", {"case": (2, 3, 1)})
+    monkeypatch.setattr(inference, "variants", lambda gpt, rows: dict(a=model(3), b=model(2), c=model(1)))
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
+    assert inference.time_cases(model(6), 2) == {"case": {"a": 2, "b": 3, "c": 6}}
+
+
 def run_training_benchmark(run_script, tmp_path, program, *flags):
     """Run peers.py or ladder.py on the demo's model. Return its rows by name."""
     flags = [*flags, "--preset", "demo", "--repetitions", 1, "--out_dir", tmp_path, "--name", "tiny"]
